@@ -57,6 +57,7 @@ class ModelDownloadError(ModelLoadError):
     """
 
     def __init__(self, message: str, *, model: str | None = None, reason: str = "network") -> None:
+        """Keep what failed, so that callers can branch without reading the message."""
         super().__init__(message)
         self.model = model
         self.reason = reason
@@ -66,6 +67,7 @@ class RequestError(BatchcoreError):
     """Raised when one request fails; others are not affected."""
 
     def __init__(self, message: str, *, request_id: int | str | None = None) -> None:
+        """Keep the request's id; None where it has none yet."""
         super().__init__(message)
         self.request_id = request_id
 
@@ -75,11 +77,12 @@ class InvalidRequestError(RequestError, ValueError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """Raised at submit when a prompt has `num_tokens`, more than the `limit` a sequence can hold."""
+    """Raised at submit when a prompt's `num_tokens` exceed the `limit` a sequence can hold."""
 
     def __init__(
         self, message: str, *, num_tokens: int, limit: int, request_id: int | str | None = None
     ) -> None:
+        """Keep both counts, in tokens."""
         super().__init__(message, request_id=request_id)
         self.num_tokens = num_tokens
         self.limit = limit
@@ -88,9 +91,8 @@ class PromptTooLongError(InvalidRequestError):
 class QueueFullError(RequestError):
     """Raised at submit when the waiting queue is at its `capacity`; retry later (HTTP 429)."""
 
-    def __init__(
-        self, message: str, *, capacity: int, request_id: int | str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, capacity: int, request_id: int | str | None = None) -> None:
+        """Keep the bound that was hit, in the unit that the message names."""
         super().__init__(message, request_id=request_id)
         self.capacity = capacity
 
@@ -111,5 +113,6 @@ class DecodeError(EngineError):
     """Raised when llama.cpp fails to decode a batch with the given `status`."""
 
     def __init__(self, message: str, *, status: int) -> None:
+        """Keep what llama.cpp returned."""
         super().__init__(message)
         self.status = status
