@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 from batchcore import errors
 
 TREE = {
@@ -53,7 +52,8 @@ def test_tree_is_the_documented_one() -> None:
 @pytest.mark.parametrize("name", errors.__all__)
 def test_docstring_says_when(name: str) -> None:
     first_line = (getattr(errors, name).__doc__ or "").splitlines()[0]
-    assert first_line.startswith(("Raised", "Base")) and first_line.endswith(".")
+    assert first_line.startswith(("Raised", "Base"))
+    assert first_line.endswith(".")
 
 
 @pytest.mark.parametrize("name", errors.__all__)
@@ -63,7 +63,8 @@ def test_pickle_keeps_message_and_attributes(name: str, protocol: int) -> None:
     error.__dict__["__notes__"] = ["a note"]  # what add_note does, on 3.10 too
     twin = pickle.loads(pickle.dumps(error, protocol))
     assert type(twin) is type(error)
-    assert str(twin) == "it went wrong" and twin.args == error.args
+    assert str(twin) == "it went wrong"
+    assert twin.args == error.args
     assert twin.__dict__ == error.__dict__
 
 
@@ -96,7 +97,7 @@ def test_standard_bases_catch() -> None:
 def test_errors_module_imports_nothing() -> None:
     # Loaded from its file, so that the package's own __init__ is not part of the count.
     code = (
-        "import sys, runpy\n"
+        "import sys, __future__\n"
         "import importlib.util\n"
         f"spec = importlib.util.spec_from_file_location('e', {errors.__file__!r})\n"
         "m = importlib.util.module_from_spec(spec)\n"
