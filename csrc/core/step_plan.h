@@ -1,0 +1,44 @@
+// What one step does, decided by Scheduler::plan() and carried out by the engine in the order of the
+// fields.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/sequence.h"
+#include "core/types.h"
+
+namespace batchcore {
+
+/// A waiting sequence that gets a slot.
+struct Admission {
+  Sequence* sequence = nullptr;
+  SeqId slot = -1;
+  SeqId prefix_slot = -1;          ///< who holds its prefix; == slot where a cached slot is taken over
+  std::int32_t prefix_length = 0;  ///< tokens that need not be computed
+};
+
+/// The next `count` pending tokens of a sequence.
+struct PlannedRows {
+  Sequence* sequence = nullptr;
+  std::int32_t count = 0;
+};
+
+/// One decode call.
+struct PlannedMicroBatch {
+  std::vector<PlannedRows> rows;
+  std::vector<SeqId> filler_slots;  ///< idle slots that get one dummy row, forgotten afterwards
+};
+
+struct StepPlan {
+  std::vector<Sequence*> preemptions;
+  std::vector<SeqId> evictions;  ///< cached slots to empty
+  std::vector<Admission> admissions;
+  std::vector<PlannedMicroBatch> micro_batches;
+
+  [[nodiscard]] bool empty() const {
+    return preemptions.empty() && evictions.empty() && admissions.empty() && micro_batches.empty();
+  }
+};
+
+}  // namespace batchcore
