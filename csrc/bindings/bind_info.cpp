@@ -1,0 +1,45 @@
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "core/version.h"
+#include "llama/devices.h"
+
+namespace batchcore::python {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = version();
+  info["backends"] = list_backends();
+  return info;
+}
+
+py::list devices() {
+  std::vector<DeviceInfo> found;
+  {
+    py::gil_scoped_release release;  // GPU drivers start up here
+    found = list_devices();
+  }
+  py::list result;
+  for (const DeviceInfo& device : found) {
+    py::dict row;
+    row["name"] = device.name;
+    row["description"] = device.description;
+    row["type"] = device.type;
+    row["backend"] = device.backend;
+    row["memory_total_bytes"] = device.memory_total_bytes;
+    row["memory_free_bytes"] = device.memory_free_bytes;
+    result.append(std::move(row));
+  }
+  return result;
+}
+
+}  // namespace
+
+void bind_info(py::module_& m) {
+  m.attr("__version__") = version();
+  m.def("build_info", &build_info, "What this build was made of.");
+  m.def("devices", &devices, "Devices that llama.cpp can compute on, with their memory now.");
+}
+
+}  // namespace batchcore::python

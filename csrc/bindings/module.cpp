@@ -1,0 +1,6 @@
+#include "bindings/bindings.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The native core of batchcore. Use it through the batchcore package.";
+  batchcore::python::bind_info(m);
+}

@@ -1,0 +1,27 @@
+"""The `batchcore` command: one module of this folder per command, or per group of commands."""
+
+from __future__ import annotations
+
+import typer
+
+
+def make_app() -> typer.Typer:
+    """Put the commands together. A module is one line here: a function, or a `typer.Typer` group."""
+    from batchcore.cli import info, models  # noqa: PLC0415
+
+    app = typer.Typer(
+        name="batchcore",
+        help="Batch many LLM requests over llama.cpp, in process.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(lambda: None)  # keeps sub-commands even while there is only one
+    app.command()(info.info)
+    app.add_typer(models.app, name="models")
+    return app
+
+
+def main() -> None:
+    """Run the command line."""
+    make_app()()
