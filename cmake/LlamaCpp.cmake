@@ -1,13 +1,41 @@
 # llama.cpp as static libraries that leave no trace outside the module: nothing installed, no symbol exported.
 
-set(BATCHCORE_LLAMA_CPP_SOURCE "${PROJECT_SOURCE_DIR}/vendor/llama.cpp")
+# Both are environment variables too; those are read at every configure, so that a kept build folder follows them.
+set(BATCHCORE_LLAMA_CPP_DIR "" CACHE PATH "A llama.cpp checkout to use instead of the pin")
+set(BATCHCORE_LLAMA_CPP_SDIST "" CACHE FILEPATH "The pinned llama-cpp-python sdist, already downloaded")
 
-file(STRINGS "${PROJECT_SOURCE_DIR}/vendor/llama.cpp.lock" lock_lines REGEX "^[a-z0-9]+ = ")
-foreach(line IN LISTS lock_lines)
-  if(line MATCHES "^([a-z0-9]+) = (.+)$")
-    set(BATCHCORE_LLAMA_CPP_LOCK_${CMAKE_MATCH_1} "${CMAKE_MATCH_2}")
+# Sets BATCHCORE_LLAMA_CPP_TREE, and BATCHCORE_LLAMA_CPP_COMMIT and _VERSION for the build info.
+function(batchcore_find_llama_cpp)
+  set(vendor "${PROJECT_SOURCE_DIR}/vendor")
+  set_property(DIRECTORY "${PROJECT_SOURCE_DIR}" APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${vendor}/llama.cpp.lock")
+  set(arguments --target "${vendor}/llama.cpp" --fallback "${PROJECT_BINARY_DIR}/llama.cpp-source")
+  foreach(name BATCHCORE_LLAMA_CPP_DIR BATCHCORE_LLAMA_CPP_SDIST)
+    if(NOT ${name})
+      set(${name} "$ENV{${name}}")
+    endif()
+  endforeach()
+  if(BATCHCORE_LLAMA_CPP_DIR)
+    list(APPEND arguments --dir "${BATCHCORE_LLAMA_CPP_DIR}")
+  elseif(BATCHCORE_LLAMA_CPP_SDIST)
+    list(APPEND arguments --sdist "${BATCHCORE_LLAMA_CPP_SDIST}")
   endif()
-endforeach()
+  message(STATUS "Looking for llama.cpp (the first build downloads 77 MB)")
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" "${vendor}/fetch.py" populate ${arguments}
+    RESULT_VARIABLE failed OUTPUT_VARIABLE found ERROR_VARIABLE why OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(failed)
+    message(FATAL_ERROR "llama.cpp could not be provided.\n${why}See vendor/README.md.")
+  endif()
+  list(GET found 0 tree)
+  list(GET found 1 commit)
+  string(SUBSTRING "${commit}" 0 9 commit)
+  file(STRINGS "${vendor}/llama.cpp.lock" version REGEX "^version = ")
+  string(REPLACE "version = " "" version "${version}")
+  message(STATUS "llama.cpp ${commit}: ${tree}")
+  set(BATCHCORE_LLAMA_CPP_TREE "${tree}" PARENT_SCOPE)
+  set(BATCHCORE_LLAMA_CPP_COMMIT "${commit}" PARENT_SCOPE)
+  set(BATCHCORE_LLAMA_CPP_VERSION "${version}" PARENT_SCOPE)
+endfunction()
 
 function(batchcore_add_llama_cpp)
   set(BUILD_SHARED_LIBS OFF)
@@ -17,7 +45,7 @@ function(batchcore_add_llama_cpp)
   set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
   # Upstream asks git for the commit, and inside this repository git would answer with ours.
   set(GIT_EXE "")
-  set(LLAMA_BUILD_COMMIT "${BATCHCORE_LLAMA_CPP_LOCK_commit}")
+  set(LLAMA_BUILD_COMMIT "${BATCHCORE_LLAMA_CPP_COMMIT}")
   set(LLAMA_BUILD_NUMBER 0)
   foreach(part COMMON TESTS TOOLS EXAMPLES SERVER APP UI)
     set(LLAMA_BUILD_${part} OFF)
@@ -27,11 +55,13 @@ function(batchcore_add_llama_cpp)
   set(GGML_CCACHE OFF) # BATCHCORE_CCACHE covers every target
   # The engine attaches a ggml thread pool of its own, so OpenMP would only add a libgomp to ship.
   set(GGML_OPENMP OFF)
-  add_subdirectory("${BATCHCORE_LLAMA_CPP_SOURCE}" "${PROJECT_BINARY_DIR}/llama.cpp" EXCLUDE_FROM_ALL)
+  add_subdirectory("${BATCHCORE_LLAMA_CPP_TREE}" "${PROJECT_BINARY_DIR}/llama.cpp" EXCLUDE_FROM_ALL)
   # Their headers are not ours to warn about (add_subdirectory(SYSTEM) would need CMake 3.25).
   foreach(target llama ggml ggml-base)
     get_target_property(dirs ${target} INTERFACE_INCLUDE_DIRECTORIES)
     set_target_properties(${target} PROPERTIES INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${dirs}")
   endforeach()
 endfunction()
+
+batchcore_find_llama_cpp()
 batchcore_add_llama_cpp()
