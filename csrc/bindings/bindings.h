@@ -10,4 +10,13 @@ namespace py = pybind11;
 /// build_info() and devices().
 void bind_info(py::module_& m);
 
+/// The translator of C++ errors; first, so that the others may throw.
+void bind_errors(py::module_& m);
+
+/// drain_log(): llama.cpp's log, for batchcore._log.
+void bind_log(py::module_& m);
+
+/// Model.
+void bind_model(py::module_& m);
+
 }  // namespace batchcore::python

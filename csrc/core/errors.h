@@ -1,5 +1,5 @@
-// Every error that can reach a caller. Each type has a twin of the same name in batchcore/errors.py;
-// the bindings translate one into the other, attributes included.
+// Every error that can reach a caller. Each type has a twin of the same name in
+// batchcore/errors.py; the bindings translate one into the other, attributes included.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +53,16 @@ struct EngineClosedError : EngineError {
 struct DecodeError : EngineError {
   DecodeError(const std::string& message, int code) : EngineError(message), status(code) {}
   int status;
+};
+
+/// A view of logits or embeddings is read after the context has computed something else.
+struct StaleViewError : Error {
+  using Error::Error;
+};
+
+/// A context is to compute while an array over its last result is still alive.
+struct ViewInUseError : Error {
+  using Error::Error;
 };
 
 }  // namespace batchcore

@@ -121,7 +121,7 @@ std::string fill_string(Fill fill) {
 
 }  // namespace
 
-std::shared_ptr<const LlamaModel> LlamaModel::load(ModelParams params) {
+std::shared_ptr<LlamaModel> LlamaModel::load(ModelParams params) {
   init_llama();
   check_file(params.path);
   if (params.tensor_split.size() > llama_max_devices()) {
@@ -159,7 +159,7 @@ std::shared_ptr<const LlamaModel> LlamaModel::load(ModelParams params) {
     throw ModelLoadError("'" + params.path + "' can't be loaded: " + reason);
   }
   params.progress = nullptr;  // it may hold what the caller wants freed
-  return std::shared_ptr<const LlamaModel>(new LlamaModel(std::move(params), model));
+  return std::shared_ptr<LlamaModel>(new LlamaModel(std::move(params), model));
 }
 
 LlamaModel::LlamaModel(ModelParams params, llama_model* model)

@@ -63,7 +63,7 @@ class LlamaModel {
  public:
   /// Reads the file. Throws ModelLoadError with llama.cpp's reason, ConfigError for parameters that
   /// can't work.
-  static std::shared_ptr<const LlamaModel> load(ModelParams params);
+  static std::shared_ptr<LlamaModel> load(ModelParams params);
 
   ~LlamaModel();
   LlamaModel(const LlamaModel&) = delete;

@@ -19,6 +19,8 @@ __all__ = [
     "QueueFullError",
     "RequestError",
     "RequestTimeoutError",
+    "StaleViewError",
+    "ViewInUseError",
 ]
 
 
@@ -116,3 +118,11 @@ class DecodeError(EngineError):
         """Keep what llama.cpp returned."""
         super().__init__(message)
         self.status = status
+
+
+class StaleViewError(BatchcoreError):
+    """Raised when a view of logits or embeddings is read after the next decode."""
+
+
+class ViewInUseError(BatchcoreError, BufferError):
+    """Raised when a context is to decode while an array over its last result is still alive."""

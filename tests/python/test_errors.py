@@ -23,6 +23,8 @@ TREE = {
     "EngineError": {"BatchcoreError"},
     "EngineClosedError": {"EngineError"},
     "DecodeError": {"EngineError"},
+    "StaleViewError": {"BatchcoreError"},
+    "ViewInUseError": {"BatchcoreError", "BufferError"},
 }
 
 ATTRIBUTES: dict[str, dict[str, object]] = {
