@@ -16,6 +16,7 @@
 #include "core/errors.h"
 #include "llama/cpu_count.h"
 #include "llama/llama_log.h"
+#include "llama/memory_guard.h"
 
 namespace batchcore {
 namespace {
@@ -155,6 +156,7 @@ void Context::create(const ContextParams& wanted) {
   raw.swa_full = wanted.swa_full;
   raw.kv_unified = wanted.layout == KvLayout::kUnified;
 
+  check_host_memory(*model_, wanted);
   const LogCapture capture;
   std::string reason;
   bool out_of_memory = false;
