@@ -249,12 +249,6 @@ class Planner {
     return match;
   }
 
-  [[nodiscard]] bool takes_over(const PrefixMatch& match) const {
-    return match.slot >= 0 && match.is_cached &&
-           !state_.pinned[static_cast<std::size_t>(match.slot)] && !contains(kept_, match.slot) &&
-           (!unified_ || match.length == state_.kv.length(match.slot));
-  }
-
   void admit() {
     int skipped = 0;
     for (const auto& [rank, candidate] : state_.waiting) {
@@ -268,46 +262,50 @@ class Planner {
 
   // False where nobody behind this one may be admitted either.
   bool try_admit(Sequence* candidate) {
-    const bool restores = candidate->has_saved_state;
-    const PrefixMatch match = restores ? PrefixMatch{} : find_prefix(*candidate);
-    if (!restores && config_.prefix_caching && is_worth_waiting(*candidate, match.length)) {
-      return true;
-    }
-    const std::int32_t ready = restores ? candidate->num_tokens() - 1 : match.length;
-    const bool is_alone = decoding_.empty() && prefill_.empty();
-    const bool one_row = candidate->num_tokens() - ready == 1;
-    if (!one_row && budget_ <= 0) return false;
-    if (!is_alone && !fits_in_future(*candidate, restores ? 0 : match.length)) return false;
+    if (candidate->has_saved_state) return place(candidate, {}, candidate->num_tokens() - 1);
+    const PrefixMatch match = find_prefix(*candidate);
+    if (config_.prefix_caching && is_worth_waiting(*candidate, match.length)) return true;
+    if (place(candidate, match, 0)) return true;
+    // Alone, it must get in: the slot that holds its prefix may be what takes up the room.
+    return is_alone() && match.slot >= 0 && place(candidate, {}, 0);
+  }
 
+  [[nodiscard]] bool is_alone() const { return decoding_.empty() && prefill_.empty(); }
+
+  // Gives `candidate` a slot that starts with `match` or with `num_saved` restored tokens, and its
+  // first rows. False, and nothing but evictions planned, where there is no room.
+  bool place(Sequence* candidate, const PrefixMatch& match, std::int32_t num_saved) {
+    const bool alone = is_alone();
+    const bool takes_over = may_take_over(match);
     Admission admission{candidate, -1, match.slot, match.length};
-    if (match.slot >= 0) kept_.push_back(match.slot);
-    if (takes_over_kept(match)) {
-      admission.slot = match.slot;
-    } else {
-      admission.slot = take_slot();
-    }
-    if (admission.slot < 0) {
-      if (match.slot >= 0) kept_.pop_back();
-      return false;
-    }
-    if (!unified_ && match.slot >= 0 && admission.slot != match.slot &&
-        match.length < kMinStreamCopy) {
+    if (!unified_ && !takes_over && match.length < kMinStreamCopy) {
       admission.prefix_slot = -1;
       admission.prefix_length = 0;
     }
-    const std::int32_t saved = restores ? candidate->num_tokens() - 1 : 0;
-    const std::int32_t least = saved + 1;
-    if (!secure_cells(least, is_alone ? candidate : nullptr)) {
-      kept_.push_back(admission.slot);  // whatever was reserved for it stays unused in this step
-      return false;
-    }
-    planned_cells_ += saved;
-    kept_.push_back(admission.slot);
-    if (one_row && admission.prefix_length == match.length) {
-      decoding_.push_back(candidate);
-      planned_cells_ += 1;
-    } else if (plan_chunk(candidate, admission.prefix_length, is_alone) == 0) {
-      planned_cells_ -= saved;
+    const bool one_row =
+        candidate->num_tokens() - std::max(admission.prefix_length, num_saved) == 1;
+    if (!one_row && budget_ <= 0) return false;
+    if (!alone && !fits_in_future(*candidate, admission.prefix_length)) return false;
+
+    const std::size_t num_kept = kept_.size();
+    const std::size_t num_taken = taken_.size();
+    if (admission.prefix_slot >= 0) kept_.push_back(admission.prefix_slot);
+    admission.slot = takes_over ? match.slot : take_slot();
+    const auto has_rows = [&] {
+      if (admission.slot < 0) return false;
+      kept_.push_back(admission.slot);
+      if (!secure_cells(num_saved + 1, alone ? candidate : nullptr)) return false;
+      planned_cells_ += num_saved;
+      if (one_row) {
+        decoding_.push_back(candidate);
+        planned_cells_ += 1;
+        return true;
+      }
+      return plan_chunk(candidate, admission.prefix_length, alone) > 0;
+    };
+    if (!has_rows()) {
+      kept_.resize(num_kept);
+      taken_.resize(num_taken);
       return false;
     }
     num_sequences_ += 1 + candidate->num_forks;
@@ -315,13 +313,12 @@ class Planner {
     return true;
   }
 
-  // takes_over() for a match whose slot was put last into kept_ on its own behalf.
-  [[nodiscard]] bool takes_over_kept(const PrefixMatch& match) {
-    if (match.slot < 0) return false;
-    kept_.pop_back();
-    const bool result = takes_over(match);
-    kept_.push_back(match.slot);
-    return result;
+  // A cached slot is taken over where all of it is wanted; in streams, where a copy moves a whole
+  // stream, always.
+  [[nodiscard]] bool may_take_over(const PrefixMatch& match) const {
+    return match.slot >= 0 && match.is_cached &&
+           !state_.pinned[static_cast<std::size_t>(match.slot)] && !contains(kept_, match.slot) &&
+           (!unified_ || match.length == state_.kv.length(match.slot));
   }
 
   // The lowest free slot (ids stay dense, which streams need), else one that is emptied for it.

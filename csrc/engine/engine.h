@@ -1,0 +1,155 @@
+// Batches requests over one backend. One thread runs the loop; any thread may submit, abort, read
+// stats and close. Each step: take commands in, plan, decode, sample, publish.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <span>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/scheduler.h"
+#include "core/vocab.h"
+#include "engine/engine_sequence.h"
+#include "engine/engine_stats.h"
+#include "engine/request.h"
+#include "engine/request_channel.h"
+#include "engine/sampler_pool.h"
+
+namespace batchcore {
+
+struct EngineConfig {
+  SchedulerConfig scheduler;
+  std::int64_t max_queued_requests = 0;  ///< waiting for their first slot, > 0
+  std::int64_t max_queued_tokens = 0;    ///< prompt tokens of those, > 0
+  std::int32_t num_sampler_threads = 1;
+  bool check_integrity = false;  ///< prove the accounting after every step; for tests
+};
+
+/// Seconds on a clock that never goes back.
+using EngineClock = std::function<double()>;
+[[nodiscard]] double steady_seconds();
+
+class Engine {
+ public:
+  Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vocab,
+         const EngineConfig& config, EngineClock clock = steady_seconds);
+  /// Closes.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /// Starts the loop thread. Without it the caller drives the engine with step().
+  void start();
+
+  /// Queues a request. Throws InvalidRequestError, PromptTooLongError, QueueFullError or
+  /// EngineClosedError, and then the request never existed.
+  [[nodiscard]] std::shared_ptr<RequestChannel> submit(RequestSpec spec);
+
+  /// Ends a request as kCancelled within one step. Does nothing for one that has ended.
+  void abort(RequestId id);
+
+  /// Runs one step on the calling thread (only without start()); returns the requests with news.
+  std::vector<RequestId> step();
+
+  /// True while a request has not reached its terminal state.
+  [[nodiscard]] bool has_work() const { return num_open_ > 0; }
+
+  [[nodiscard]] EngineStats stats() const;
+  [[nodiscard]] const BackendInfo& info() const { return state_.info; }
+  /// The process that made it; in any other, an engine must be neither used nor destroyed.
+  [[nodiscard]] int process() const { return process_; }
+
+  /// Ends every request with EngineClosedError and stops the thread. Idempotent.
+  void close();
+
+ private:
+  struct Inbox {
+    std::vector<std::unique_ptr<EngineRequest>> requests;
+    std::vector<RequestId> aborts;
+    [[nodiscard]] bool empty() const { return requests.empty() && aborts.empty(); }
+  };
+
+  // engine.cpp: what other threads call, and the loop.
+  void check_process() const;
+  void validate(const RequestSpec& spec) const;
+  void run();
+  void take_in();
+  void accept(std::unique_ptr<EngineRequest> request);
+  void expire(double now);
+  void fail_all(const std::exception_ptr& error);
+
+  // engine_step.cpp: carrying out a plan.
+  std::vector<RequestId> run_step();
+  void preempt(EngineSequence& sequence);
+  void evict(SeqId slot);
+  void admit(const Admission& admission);
+  void adopt_prefix(const Admission& admission);
+  void run_micro_batch(std::span<const PlannedRows> rows);
+  DecodeStatus decode();
+  void handle_failure(std::span<const PlannedRows> rows, DecodeStatus status);
+  void reconcile(EngineSequence& sequence);
+  void advance(std::span<const PlannedRows> rows);
+  void fork(EngineSequence& leader);
+  void sample_rows();
+
+  // engine_output.cpp: tokens to text, terminal states, publishing.
+  void add_token(EngineSequence& sequence, SampledToken& sampled);
+  void add_text(EngineSequence& sequence, Token token);
+  void flush_text(EngineSequence& sequence);
+  void finish(EngineSequence& sequence, FinishReason reason, StopReason why = {});
+  void finish_request(EngineRequest& request, FinishReason reason, std::exception_ptr error = {});
+  void release_slot(EngineSequence& sequence);
+  void mark_news(EngineRequest& request);
+  std::vector<RequestId> publish();
+  void update_stats();
+  void check_integrity() const;
+  void leave_queue(EngineRequest& request);
+
+  static EngineSequence& of(Sequence* sequence) { return static_cast<EngineSequence&>(*sequence); }
+
+  const std::unique_ptr<Backend> backend_;
+  const std::shared_ptr<const Vocab> vocab_;
+  const EngineConfig config_;
+  const EngineClock clock_;
+  const Scheduler scheduler_;
+  const int process_;
+
+  // Shared with callers.
+  mutable std::mutex inbox_mutex_;
+  std::condition_variable inbox_ready_;
+  Inbox inbox_;
+  std::atomic<bool> closing_{false};
+  RequestId next_id_ = 1;
+  std::int64_t queued_requests_ = 0;  // submitted, not yet admitted or ended
+  std::int64_t queued_tokens_ = 0;
+  std::atomic<std::int64_t> num_open_{0};
+  mutable std::mutex stats_mutex_;
+  EngineStats published_stats_;
+
+  // Engine thread (or whoever holds step_mutex_ in manual mode).
+  std::mutex step_mutex_;
+  SchedulerState state_;
+  std::unordered_map<RequestId, std::unique_ptr<EngineRequest>> requests_;
+  std::set<std::pair<double, RequestId>> deadlines_;
+  std::vector<EngineRequest*> news_;
+  MicroBatch batch_;
+  std::vector<std::pair<EngineSequence*, std::int32_t>> sampled_rows_;  // sequence, batch index
+  std::vector<SampledToken> samples_;
+  SamplerPool samplers_;
+  EngineStats stats_;
+  std::uint64_t step_number_ = 0;
+
+  std::mutex close_mutex_;
+  std::thread thread_;
+};
+
+}  // namespace batchcore

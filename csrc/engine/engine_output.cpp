@@ -1,0 +1,180 @@
+// From tokens to what callers see: text, terminal states, publishing, counters.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "core/errors.h"
+#include "engine/engine.h"
+#include "engine/notifier.h"
+
+namespace batchcore {
+
+void Engine::add_token(EngineSequence& sequence, SampledToken& sampled) {
+  EngineRequest& request = *sequence.request;
+  if (sequence.is_finished) return;
+  if (!sampled.valid()) {
+    finish_request(request, FinishReason::kError,
+                   std::make_exception_ptr(EngineError(
+                       "no token can be chosen: the model's logits are not numbers, or every token "
+                       "is forbidden")));
+    return;
+  }
+  const Token token = sampled.token;
+  if (request.metrics.first_token_s == 0.0) request.metrics.first_token_s = clock_();
+  stats_.num_generated_tokens += 1;
+  const StopCause cause = sequence.sampler.stop_cause(token);
+  sequence.tokens.push_back(token);
+  sequence.sampler.accept(token);
+  sequence.delta.token_ids.push_back(token);
+  if (sampled.logprobs) sequence.delta.logprobs.push_back(*std::move(sampled.logprobs));
+  mark_news(request);
+  if (cause == StopCause::kNone) {
+    add_text(sequence, token);
+    return;
+  }
+  finish(sequence, FinishReason::kStop,
+         cause == StopCause::kStopToken ? StopReason(token) : StopReason());
+}
+
+void Engine::add_text(EngineSequence& sequence, Token token) {
+  const SamplingParams& sampling = sequence.request->spec.sampling;
+  std::string text;
+  sequence.detokenizer.push(token, text);
+  if (sequence.num_generated() < sampling.min_tokens) {
+    sequence.delta.text += text;  // stop strings count from min_tokens on, like stop tokens
+  } else if (const auto match = sequence.stops.push(text, sequence.delta.text)) {
+    finish(sequence, FinishReason::kStop, sampling.stop[*match]);
+    return;
+  }
+  if (sequence.num_tokens() >= sequence.max_tokens_total) finish(sequence, FinishReason::kLength);
+}
+
+void Engine::flush_text(EngineSequence& sequence) {
+  std::string tail;
+  sequence.detokenizer.finish(tail);
+  if (!sequence.stops.push(tail, sequence.delta.text)) sequence.stops.finish(sequence.delta.text);
+}
+
+void Engine::finish(EngineSequence& sequence, FinishReason reason, StopReason why) {
+  if (sequence.is_finished) return;
+  EngineRequest& request = *sequence.request;
+  sequence.is_finished = true;
+  // Behind a stop string there is nothing more to say.
+  if (!std::holds_alternative<std::string>(why)) flush_text(sequence);
+  sequence.delta.finish_reason = reason;
+  sequence.delta.stop_reason = std::move(why);
+  if (reason == FinishReason::kStop || reason == FinishReason::kLength) {
+    state_.history.record(sequence.num_generated());
+  }
+  state_.waiting.erase(&sequence);
+  release_slot(sequence);
+  mark_news(request);
+  request.num_unfinished -= 1;
+  if (request.num_unfinished > 0) return;
+  leave_queue(request);
+  if (request.spec.timeout_s) deadlines_.erase({request.deadline, request.id});
+  request.metrics.finished_s = clock_();
+  stats_.num_finished[static_cast<std::size_t>(reason)] += 1;
+}
+
+void Engine::finish_request(EngineRequest& request, FinishReason reason, std::exception_ptr error) {
+  if (request.num_unfinished == 0) return;
+  request.error = std::move(error);
+  for (const auto& sequence : request.sequences) finish(*sequence, reason);
+}
+
+// The cells stay as a cached prefix until somebody needs them or the slot.
+void Engine::release_slot(EngineSequence& sequence) {
+  if (sequence.slot < 0) return;
+  std::erase(state_.running, &sequence);
+  if (config_.scheduler.prefix_caching && state_.kv.length(sequence.slot) > 0) {
+    state_.kv.set_cached(sequence.slot);
+  } else {
+    backend_->remove(sequence.slot, 0, -1);
+    state_.kv.remove(sequence.slot);
+  }
+  sequence.slot = -1;
+}
+
+void Engine::leave_queue(EngineRequest& request) {
+  if (std::exchange(request.was_admitted, true)) return;
+  const std::lock_guard lock(inbox_mutex_);
+  queued_requests_ -= 1;
+  queued_tokens_ -= static_cast<std::int64_t>(request.spec.prompt.size());
+}
+
+void Engine::mark_news(EngineRequest& request) {
+  if (std::exchange(request.has_news, true)) return;
+  news_.push_back(&request);
+}
+
+std::vector<RequestId> Engine::publish() {
+  const double start = clock_();
+  // Before the channels: who sees a request end must find it in the counters.
+  update_stats();
+  std::vector<RequestId> published;
+  std::vector<std::shared_ptr<Notifier>> notifiers;
+  for (EngineRequest* request : news_) {
+    request->has_news = false;
+    const bool done = request->num_unfinished == 0;
+    if (!done && !request->spec.streams) continue;
+    RequestUpdate update;
+    for (const auto& sequence : request->sequences) {
+      CompletionDelta& delta = sequence->delta;
+      if (delta.token_ids.empty() && delta.text.empty() && !delta.finish_reason) continue;
+      update.deltas.push_back(std::exchange(delta, CompletionDelta{}));
+      delta.index = sequence->rank.index;
+    }
+    update.finished = done;
+    update.error = request->error;
+    update.metrics = request->metrics;
+    if (done) num_open_ -= 1;
+    request->channel->publish(std::move(update));
+    published.push_back(request->id);
+    const std::shared_ptr<Notifier>& notifier = request->spec.notifier;
+    if (notifier != nullptr &&
+        std::find(notifiers.begin(), notifiers.end(), notifier) == notifiers.end()) {
+      notifiers.push_back(notifier);
+    }
+    if (done) requests_.erase(request->id);
+  }
+  news_.clear();
+  for (const auto& notifier : notifiers) notifier->wake();
+  stats_.seconds.publish += clock_() - start;
+  return published;
+}
+
+void Engine::update_stats() {
+  stats_.num_running = static_cast<std::int32_t>(state_.running.size());
+  stats_.num_waiting = static_cast<std::int32_t>(state_.waiting.size());
+  stats_.num_cells = state_.info.num_cells;
+  stats_.num_active_cells = state_.kv.num_active_cells();
+  stats_.num_cached_cells = state_.kv.num_cells() - state_.kv.num_active_cells();
+  const std::lock_guard lock(stats_mutex_);
+  published_stats_ = stats_;
+}
+
+void Engine::check_integrity() const {
+  const auto demand = [](bool holds, const char* what) {
+    if (!holds) throw std::logic_error(what);
+  };
+  if (const auto problem = state_.kv.check_integrity()) throw std::logic_error(*problem);
+  std::int32_t num_active = 0;
+  for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
+    num_active += state_.kv.state(slot) == KvTree::SlotState::kActive ? 1 : 0;
+    demand(backend_->pos_max(slot) == state_.kv.length(slot) - 1,
+           "the model's memory and the account of it differ");
+  }
+  demand(num_active == static_cast<std::int32_t>(state_.running.size()),
+         "a slot is held by no running sequence");
+  demand(state_.info.layout != KvLayout::kUnified ||
+             state_.kv.num_cells() <= state_.info.num_cells,
+         "more cells are in use than there are");
+  for (const Sequence* sequence : state_.running) {
+    demand(state_.kv.length(sequence->slot) == sequence->num_computed,
+           "a sequence has computed other tokens than its slot holds");
+  }
+}
+
+}  // namespace batchcore

@@ -1,0 +1,242 @@
+// Carrying out a plan: memory first, then one decode call per micro-batch with sampling behind it.
+#include <algorithm>
+#include <span>
+#include <string>
+
+#include "core/errors.h"
+#include "engine/engine.h"
+
+namespace batchcore {
+
+std::vector<RequestId> Engine::run_step() {
+  take_in();
+  const double start = clock_();
+  expire(start);
+  StepPlan plan = scheduler_.plan(state_);
+  stats_.seconds.plan += clock_() - start;
+  step_number_ += 1;
+  stats_.num_steps += plan.micro_batches.empty() ? 0 : 1;
+  if (plan.empty() && state_.running.empty() && !state_.waiting.empty()) {
+    // Can't happen while a slot holds the longest sequence; waiting for it forever would be worse.
+    EngineSequence& head = of(state_.waiting.begin()->second);
+    finish_request(*head.request, FinishReason::kError,
+                   std::make_exception_ptr(EngineError("the request can't be scheduled")));
+  }
+  for (Sequence* sequence : plan.preemptions) preempt(of(sequence));
+  for (const SeqId slot : plan.evictions) evict(slot);
+  for (const Admission& admission : plan.admissions) admit(admission);
+  for (const PlannedMicroBatch& planned : plan.micro_batches) {
+    if (closing_) break;
+    run_micro_batch(planned.rows);
+  }
+  if (config_.check_integrity) check_integrity();
+  return publish();
+}
+
+void Engine::preempt(EngineSequence& sequence) {
+  backend_->remove(sequence.slot, 0, -1);
+  state_.kv.remove(sequence.slot);
+  std::erase(state_.running, &sequence);
+  sequence.slot = -1;
+  sequence.num_computed = 0;
+  sequence.num_shared = 0;
+  sequence.num_preemptions += 1;
+  sequence.request->metrics.num_preemptions += 1;
+  stats_.num_preemptions += 1;
+  state_.waiting.push(&sequence);
+}
+
+void Engine::evict(SeqId slot) {
+  backend_->remove(slot, 0, -1);
+  state_.kv.remove(slot);
+  stats_.num_evictions += 1;
+}
+
+void Engine::admit(const Admission& admission) {
+  EngineSequence& sequence = of(admission.sequence);
+  EngineRequest& request = *sequence.request;
+  state_.waiting.erase(&sequence);
+  sequence.slot = admission.slot;
+  adopt_prefix(admission);
+  sequence.num_computed = state_.kv.length(sequence.slot);
+  const auto place = std::upper_bound(state_.running.begin(), state_.running.end(), &sequence,
+                                      [](const Sequence* a, const Sequence* b) {
+                                        return a->rank < b->rank;
+                                      });
+  state_.running.insert(place, &sequence);
+  if (request.was_admitted) return;
+  leave_queue(request);
+  request.metrics.admitted_s = clock_();
+  request.metrics.num_cached_tokens = sequence.num_computed;
+  stats_.num_prompt_tokens += sequence.num_prompt_tokens;
+  stats_.num_cached_tokens += sequence.num_computed;
+}
+
+// Gives the new slot what is already computed of its sequence. Where the backend can't after all (a
+// window that has moved on), the sequence computes it.
+void Engine::adopt_prefix(const Admission& admission) {
+  const SeqId slot = admission.slot;
+  Sequence& sequence = *admission.sequence;
+  if (admission.prefix_slot == slot) {
+    state_.kv.set_active(slot);
+    if (state_.kv.length(slot) == admission.prefix_length) return;
+    const bool kept = backend_->remove(slot, admission.prefix_length, -1);
+    if (!kept) backend_->remove(slot, 0, -1);
+    state_.kv.truncate(slot, kept ? admission.prefix_length : 0);
+    return;
+  }
+  state_.kv.open(slot);
+  if (admission.prefix_slot < 0) return;
+  state_.last_used[static_cast<std::size_t>(admission.prefix_slot)] = step_number_;
+  if (!backend_->copy(admission.prefix_slot, slot, admission.prefix_length)) return;
+  state_.kv.share(admission.prefix_slot, slot, admission.prefix_length);
+  sequence.num_shared = admission.prefix_length;
+}
+
+void Engine::run_micro_batch(std::span<const PlannedRows> rows) {
+  std::vector<PlannedRows> live;
+  live.reserve(rows.size());
+  StepWork work;
+  batch_.clear();
+  sampled_rows_.clear();
+  for (const PlannedRows& planned : rows) {
+    EngineSequence& sequence = of(planned.sequence);
+    if (sequence.is_finished || sequence.slot < 0) continue;
+    const std::int32_t count = std::min(planned.count, sequence.num_pending());
+    for (std::int32_t i = 0; i < count; ++i) {
+      const Position position = sequence.num_computed + i;
+      const bool is_last = position + 1 == sequence.num_tokens();
+      if (is_last) {
+        sampled_rows_.emplace_back(&sequence, static_cast<std::int32_t>(batch_.size()));
+      }
+      batch_.add(sequence.tokens[static_cast<std::size_t>(position)], position, sequence.slot,
+                 is_last);
+      work.kv_tokens += position;
+    }
+    (sequence.is_decoding() ? work.decode_rows : work.prefill_tokens) += count;
+    live.push_back({&sequence, count});
+  }
+  if (live.empty()) return;
+
+  const double start = clock_();
+  const DecodeStatus status = decode();
+  const double seconds = clock_() - start;
+  stats_.seconds.decode += seconds;
+  if (status != DecodeStatus::kOk) {
+    handle_failure(live, status);
+    return;
+  }
+  state_.cost.observe(work, seconds);
+  stats_.num_micro_batches += 1;
+  stats_.num_rows += static_cast<std::int64_t>(batch_.size());
+  stats_.num_prefill_tokens += work.prefill_tokens;
+  stats_.num_decode_rows += work.decode_rows;
+  advance(live);
+  sample_rows();
+}
+
+DecodeStatus Engine::decode() {
+  try {
+    return backend_->decode(batch_);
+  } catch (const std::exception&) {
+    return DecodeStatus::kComputeFailed;
+  }
+}
+
+// The memory may hold any prefix of the failed batch. It is cut back to what is accounted for, and
+// the halves are tried on their own, until what fails is a single sequence: that one is at fault.
+void Engine::handle_failure(std::span<const PlannedRows> rows, DecodeStatus status) {
+  for (const PlannedRows& planned : rows) reconcile(of(planned.sequence));
+  if (status == DecodeStatus::kInterrupted) return;  // the next step computes the same again
+  stats_.num_decode_failures += 1;
+  if (rows.size() > 1) {
+    const std::vector<PlannedRows> all(rows.begin(), rows.end());
+    const auto half = std::span(all).first(all.size() / 2);
+    run_micro_batch(half);
+    run_micro_batch(std::span(all).subspan(half.size()));
+    return;
+  }
+  const int code = static_cast<int>(status);
+  finish_request(*of(rows.front().sequence).request, FinishReason::kError,
+                 std::make_exception_ptr(DecodeError(
+                     "the model could not compute this request (llama.cpp returned " +
+                         std::to_string(code) + ")",
+                     code)));
+}
+
+void Engine::reconcile(EngineSequence& sequence) {
+  if (backend_->pos_max(sequence.slot) == sequence.num_computed - 1) return;
+  const bool can_cut = backend_->pos_max(sequence.slot) >= sequence.num_computed &&
+                       backend_->remove(sequence.slot, sequence.num_computed, -1);
+  if (can_cut) return;
+  backend_->remove(sequence.slot, 0, -1);
+  state_.kv.truncate(sequence.slot, 0);
+  sequence.num_computed = 0;
+  sequence.num_shared = 0;
+}
+
+void Engine::advance(std::span<const PlannedRows> rows) {
+  for (const PlannedRows& planned : rows) {
+    Sequence& sequence = *planned.sequence;
+    const std::span tokens(sequence.tokens);
+    state_.kv.append(sequence.slot, tokens.subspan(static_cast<std::size_t>(sequence.num_computed),
+                                                   static_cast<std::size_t>(planned.count)));
+    sequence.num_computed += planned.count;
+    state_.last_used[static_cast<std::size_t>(sequence.slot)] = step_number_;
+  }
+}
+
+// The prompt is computed: the sibling completions start from a copy of its cells, and their first
+// tokens are drawn from the same row of logits.
+void Engine::fork(EngineSequence& leader) {
+  leader.num_forks = 0;
+  for (const auto& sibling : leader.request->sequences) {
+    if (sibling.get() == &leader || sibling->is_finished) continue;
+    sibling->tokens = leader.tokens;
+    const SeqId slot = scheduler_.choose_slot(state_, {});
+    if (state_.kv.state(slot) == KvTree::SlotState::kCached) evict(slot);
+    state_.kv.open(slot);
+    sibling->slot = slot;
+    if (backend_->copy(leader.slot, slot, -1)) {
+      state_.kv.share(leader.slot, slot, leader.num_computed);
+      sibling->num_computed = leader.num_computed;
+      sibling->num_shared = leader.num_computed;
+    }
+    const auto place = std::upper_bound(
+        state_.running.begin(), state_.running.end(), sibling.get(),
+        [](const Sequence* a, const Sequence* b) { return a->rank < b->rank; });
+    state_.running.insert(place, sibling.get());
+  }
+}
+
+void Engine::sample_rows() {
+  const double start = clock_();
+  std::vector<SampleJob> jobs;
+  const std::size_t num_leaders = sampled_rows_.size();
+  for (std::size_t i = 0; i < num_leaders; ++i) {
+    const auto [leader, row] = sampled_rows_[i];
+    if (leader->num_forks == 0) continue;
+    fork(*leader);
+    for (const auto& sibling : leader->request->sequences) {
+      if (sibling.get() != leader && sibling->num_computed == leader->num_computed) {
+        sampled_rows_.emplace_back(sibling.get(), row);
+      }
+    }
+  }
+  samples_.assign(sampled_rows_.size(), SampledToken{});
+  jobs.reserve(sampled_rows_.size());
+  for (std::size_t i = 0; i < sampled_rows_.size(); ++i) {
+    const auto [sequence, row] = sampled_rows_[i];
+    const float* logits = backend_->logits(row);
+    if (logits != nullptr) jobs.push_back({&sequence->sampler, logits, &samples_[i]});
+  }
+  samplers_.run(jobs);
+  const double sampled = clock_();
+  stats_.seconds.sample += sampled - start;
+  for (std::size_t i = 0; i < sampled_rows_.size(); ++i) {
+    add_token(*sampled_rows_[i].first, samples_[i]);
+  }
+  stats_.seconds.text += clock_() - sampled;
+}
+
+}  // namespace batchcore

@@ -1,0 +1,375 @@
+#include "engine/engine.h"
+
+#include <doctest/doctest.h>
+
+#include <map>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "core/errors.h"
+#include "engine/notifier.h"
+#include "sim_engine.h"
+
+namespace batchcore {
+namespace {
+
+using testing::collect;
+using testing::request;
+using testing::Result;
+using testing::SimEngine;
+using testing::SimOptions;
+using Tokens = std::vector<Token>;
+
+Tokens random_prompt(std::mt19937& random, int longest) {
+  Tokens prompt(1 + random() % static_cast<unsigned>(longest));
+  for (Token& token : prompt) token = static_cast<Token>(1 + random() % 63);
+  return prompt;
+}
+
+Result run_alone(const RequestSpec& spec, SimOptions options) {
+  options.cells_per_slot = testing::sim_info(options).cells_per_slot;
+  options.num_cells = 8 * 4096;
+  SimEngine sim(options);
+  const auto channel = sim.engine.submit(spec);
+  REQUIRE(sim.run());
+  return collect(*channel);
+}
+
+TEST_CASE("a request ends with length, stop token, stop string or the end of generation") {
+  SimEngine sim;
+  RequestSpec spec = request({5, 6, 7}, 12);
+  spec.sampling.ignore_eos = true;
+  const auto plain = sim.engine.submit(spec);
+  REQUIRE(sim.run());
+  const Result whole = collect(*plain);
+  const Tokens& tokens = whole.completions.at(0).token_ids;
+  const std::string& text = whole.completions[0].text;
+  CHECK(whole.completions[0].finish_reason == FinishReason::kLength);
+  CHECK(tokens.size() == 12);
+
+  spec.sampling.stop_token_ids = {tokens[4]};
+  const auto by_token = sim.engine.submit(spec);
+  REQUIRE(sim.run());
+  const Result token_result = collect(*by_token);
+  CHECK(token_result.completions[0].finish_reason == FinishReason::kStop);
+  CHECK(std::get<Token>(token_result.completions[0].stop_reason) == tokens[4]);
+  CHECK(token_result.completions[0].token_ids.back() == tokens[4]);
+
+  spec.sampling.stop_token_ids = {};
+  spec.sampling.stop = {text.substr(6, 3)};
+  const auto by_text = sim.engine.submit(spec);
+  REQUIRE(sim.run());
+  const Result text_result = collect(*by_text);
+  CHECK(text_result.completions[0].finish_reason == FinishReason::kStop);
+  CHECK(text_result.completions[0].text == text.substr(0, text.find(text.substr(6, 3))));
+
+  spec.sampling.stop = {};
+  spec.sampling.ignore_eos = false;
+  spec.sampling.logit_bias = {{testing::kEndToken, 100.0F}};
+  spec.sampling.min_tokens = 3;
+  const auto by_end = sim.engine.submit(spec);
+  REQUIRE(sim.run());
+  const Result end_result = collect(*by_end);
+  CHECK(end_result.completions[0].finish_reason == FinishReason::kStop);
+  CHECK(end_result.completions[0].token_ids.size() == 4);
+  CHECK(std::holds_alternative<std::monostate>(end_result.completions[0].stop_reason));
+}
+
+TEST_CASE("a sequence that fills its slot ends with length and disturbs nobody") {
+  for (const KvLayout layout : {KvLayout::kUnified, KvLayout::kStreams}) {
+    SimOptions options;
+    options.layout = layout;
+    options.num_cells = layout == KvLayout::kUnified ? 40 : 320;
+    SimEngine sim(options);
+    RequestSpec spec = request(Tokens(10, 3), 1000);
+    spec.sampling.ignore_eos = true;
+    const auto channel = sim.engine.submit(spec);
+    REQUIRE(sim.run());
+    const Result result = collect(*channel);
+    CHECK(result.completions[0].finish_reason == FinishReason::kLength);
+    CHECK(result.completions[0].token_ids.size() == 31);  // the last needs no cell
+  }
+}
+
+TEST_CASE("what batch a request runs in does not change its output") {
+  for (const KvLayout layout : {KvLayout::kUnified, KvLayout::kStreams}) {
+    for (const MemoryKind memory : {MemoryKind::kAttention, MemoryKind::kRecurrent}) {
+      CAPTURE(static_cast<int>(layout));
+      CAPTURE(static_cast<int>(memory));
+      std::mt19937 random(11);
+      SimOptions options;
+      options.layout = layout;
+      options.memory = memory;
+      options.num_cells = layout == KvLayout::kUnified ? 160 : 8 * 160;
+      SimEngine sim(options);
+      std::vector<RequestSpec> specs;
+      std::vector<std::shared_ptr<RequestChannel>> channels;
+      for (int i = 0; i < 40; ++i) {
+        RequestSpec spec = request(random_prompt(random, 60), 1 + static_cast<int>(random() % 40));
+        if (i % 3 == 0) spec.prompt.insert(spec.prompt.begin(), 50, 7);
+        if (i % 4 == 1) {
+          spec.sampling.temperature = 1.0F;
+          spec.sampling.seed = random();
+        }
+        if (i % 5 == 2) spec.sampling.n = 3;
+        spec.sampling.seed = static_cast<std::uint64_t>(i);
+        specs.push_back(spec);
+        channels.push_back(sim.engine.submit(spec));
+      }
+      REQUIRE(sim.run());
+      for (std::size_t i = 0; i < specs.size(); ++i) {
+        const Result together = collect(*channels[i]);
+        const Result alone = run_alone(specs[i], options);
+        REQUIRE(together.completions.size() == alone.completions.size());
+        for (std::size_t k = 0; k < alone.completions.size(); ++k) {
+          CHECK(together.completions[k].token_ids == alone.completions[k].token_ids);
+          CHECK(together.completions[k].text == alone.completions[k].text);
+        }
+      }
+      if (layout == KvLayout::kUnified && memory == MemoryKind::kAttention) {
+        CHECK(sim.engine.stats().num_preemptions > 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("decoding sequences are in every step while a long prompt is taken in chunks") {
+  SimEngine sim;
+  RequestSpec first = request({1, 2, 3}, 60);
+  first.sampling.ignore_eos = true;
+  first.streams = true;
+  const auto decoding = sim.engine.submit(first);
+  sim.engine.step();
+  const auto arriving = sim.engine.submit(request(Tokens(120, 9), 4));
+  while (!arriving->is_finished()) {
+    REQUIRE(decoding->take());
+    sim.engine.step();
+  }
+}
+
+TEST_CASE("a system prompt that many share is computed once") {
+  SimOptions options;
+  options.num_cells = 2048;
+  options.num_slots = 16;
+  options.max_num_seqs = 8;
+  SimEngine sim(options);
+  std::mt19937 random(3);
+  std::int64_t asked = 0;
+  for (int i = 0; i < 48; ++i) {
+    Tokens prompt(500, 7);
+    for (int k = 0; k < 5; ++k) prompt.push_back(static_cast<Token>(1 + random() % 63));
+    asked += static_cast<std::int64_t>(prompt.size());
+    (void)sim.engine.submit(request(prompt, 4));
+  }
+  REQUIRE(sim.run());
+  CHECK(sim.engine.stats().num_prefill_tokens < asked * 15 / 100);
+}
+
+TEST_CASE("aborting frees the slot within one step and loses nothing of the others") {
+  SimEngine sim;
+  std::vector<std::shared_ptr<RequestChannel>> channels;
+  for (int i = 0; i < 6; ++i) {
+    RequestSpec spec = request({1, 2, static_cast<Token>(3 + i)}, 30);
+    spec.sampling.ignore_eos = true;
+    channels.push_back(sim.engine.submit(spec));
+  }
+  sim.engine.step();
+  CHECK(sim.engine.stats().num_running == 4);
+  sim.engine.abort(channels[0]->id());
+  sim.engine.abort(channels[5]->id());  // still waits
+  sim.engine.step();
+  CHECK(collect(*channels[0]).completions.at(0).finish_reason == FinishReason::kCancelled);
+  CHECK(collect(*channels[5]).completions.at(0).finish_reason == FinishReason::kCancelled);
+  CHECK(sim.engine.stats().num_running == 4);
+  CHECK(sim.engine.stats().num_waiting == 0);
+  REQUIRE(sim.run());
+  CHECK(collect(*channels[4]).completions[0].token_ids.size() == 30);
+}
+
+TEST_CASE("timeouts end requests in the queue and while running") {
+  SimEngine sim;
+  std::vector<std::shared_ptr<RequestChannel>> channels;
+  for (int i = 0; i < 5; ++i) {
+    RequestSpec spec = request({1, static_cast<Token>(2 + i)}, 50);
+    spec.sampling.ignore_eos = true;
+    spec.timeout_s = i == 4 ? 0.05 : 0.5;
+    channels.push_back(sim.engine.submit(spec));
+  }
+  REQUIRE(sim.run());
+  for (const auto& channel : channels) {
+    const Result result = collect(*channel);
+    CHECK(result.completions[0].finish_reason == FinishReason::kTimeout);
+    CHECK(result.completions[0].token_ids.empty() == (channel == channels[4]));
+  }
+  CHECK(sim.engine.stats().num_finished[static_cast<std::size_t>(FinishReason::kTimeout)] == 5);
+}
+
+TEST_CASE("lower priority numbers go first") {
+  SimOptions options;
+  options.max_num_seqs = 1;
+  SimEngine sim(options);
+  std::vector<std::shared_ptr<RequestChannel>> channels;
+  for (const int priority : {2, 0, 1}) {
+    RequestSpec spec = request({1, static_cast<Token>(5 + priority)}, 4);
+    spec.priority = priority;
+    channels.push_back(sim.engine.submit(spec));
+  }
+  REQUIRE(sim.run());
+  const auto finished = [&](int i) { return collect(*channels[static_cast<std::size_t>(i)]).metrics.finished_s; };
+  const double last = finished(0);
+  const double first = finished(1);
+  const double middle = finished(2);
+  CHECK(first < middle);
+  CHECK(middle < last);
+}
+
+TEST_CASE("what can't be served is refused at once") {
+  SimOptions options;
+  options.max_queued_requests = 2;
+  SimEngine sim(options);
+  CHECK_THROWS_AS((void)sim.engine.submit(request({}, 1)), InvalidRequestError);
+  CHECK_THROWS_AS((void)sim.engine.submit(request({64}, 1)), InvalidRequestError);
+  CHECK_THROWS_AS((void)sim.engine.submit(request(Tokens(257, 1), 1)), PromptTooLongError);
+  RequestSpec many = request({1}, 1);
+  many.sampling.n = 5;
+  CHECK_THROWS_AS((void)sim.engine.submit(many), InvalidRequestError);
+  const auto first = sim.engine.submit(request({1}, 1));
+  const auto second = sim.engine.submit(request({1}, 1));
+  CHECK_THROWS_AS((void)sim.engine.submit(request({1}, 1)), QueueFullError);
+  REQUIRE(sim.run());
+  CHECK_NOTHROW((void)sim.engine.submit(request({1}, 1)));
+  sim.engine.close();
+  CHECK_THROWS_AS((void)sim.engine.submit(request({1}, 1)), EngineClosedError);
+  CHECK_THROWS_AS(sim.engine.step(), EngineClosedError);
+}
+
+TEST_CASE("closing ends every request with a typed error") {
+  SimEngine sim;
+  std::vector<std::shared_ptr<RequestChannel>> channels;
+  for (int i = 0; i < 9; ++i) channels.push_back(sim.engine.submit(request({1, 2, 3}, 50)));
+  sim.engine.step();
+  sim.engine.close();
+  for (const auto& channel : channels) {
+    if (!channel->is_finished()) FAIL("left open");
+    const Result result = collect(*channel);
+    if (result.completions.at(0).finish_reason == FinishReason::kError) {
+      CHECK_THROWS_AS(std::rethrow_exception(result.error), EngineClosedError);
+    }
+  }
+}
+
+TEST_CASE("any order of submit, abort, timeout and step loses nothing") {
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 random(seed);
+    SimOptions options;
+    options.layout = seed % 2 == 0 ? KvLayout::kUnified : KvLayout::kStreams;
+    options.memory = seed % 3 == 0 ? MemoryKind::kRecurrent : MemoryKind::kAttention;
+    options.num_cells = options.layout == KvLayout::kUnified ? 90 : 8 * 90;
+    options.prefix_caching = seed % 5 != 0;
+    SimEngine sim(options);
+    std::vector<std::pair<RequestSpec, std::shared_ptr<RequestChannel>>> all;
+    for (int operation = 0; operation < 300; ++operation) {
+      switch (random() % 6) {
+        case 0:
+        case 1: {
+          RequestSpec spec = request(random_prompt(random, 70), 1 + static_cast<int>(random() % 50));
+          if (random() % 3 == 0) spec.prompt.assign(20 + random() % 30, 7);
+          if (random() % 4 == 0) spec.sampling.n = 2 + static_cast<int>(random() % 3);
+          if (random() % 5 == 0) spec.timeout_s = 0.2;
+          spec.priority = static_cast<int>(random() % 3);
+          spec.streams = random() % 2 == 0;
+          all.emplace_back(spec, sim.engine.submit(spec));
+          break;
+        }
+        case 2:
+          if (!all.empty()) sim.engine.abort(all[random() % all.size()].second->id());
+          break;
+        default:
+          sim.engine.step();
+      }
+    }
+    REQUIRE(sim.run());
+    for (const auto& [spec, channel] : all) {
+      REQUIRE(channel->is_finished());
+      const Result result = collect(*channel);
+      REQUIRE(result.completions.size() == static_cast<std::size_t>(spec.sampling.n));
+      if (result.error) CHECK_NOTHROW(std::rethrow_exception(result.error));
+      for (const CompletionDelta& completion : result.completions) {
+        REQUIRE(completion.finish_reason);
+        REQUIRE(completion.finish_reason != FinishReason::kError);
+      }
+      if (spec.sampling.n > 1 || result.completions[0].finish_reason != FinishReason::kLength) continue;
+      RequestSpec again = spec;
+      again.timeout_s.reset();
+      REQUIRE(result.completions[0].token_ids == run_alone(again, options).completions[0].token_ids);
+    }
+    CHECK(sim.engine.stats().num_running == 0);
+    CHECK(sim.engine.stats().num_waiting == 0);
+    CHECK(sim.engine.stats().num_active_cells == 0);
+  }
+}
+
+TEST_CASE("many threads submit, abort and wait while the loop runs") {
+  SimOptions options;
+  options.num_cells = 400;
+  SimEngine sim(options);
+  sim.engine.start();
+  std::vector<std::thread> threads;
+  std::atomic<int> ended{0};
+  for (unsigned t = 0; t < 8; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937 random(t);
+      for (int i = 0; i < 25; ++i) {
+        RequestSpec spec = request(random_prompt(random, 50), 20);
+        spec.streams = i % 2 == 0;
+        const auto channel = sim.engine.submit(spec);
+        if (random() % 3 == 0) sim.engine.abort(channel->id());
+        while (!channel->is_finished()) {
+          if (channel->wait(1.0)) (void)channel->take();
+        }
+        ended += 1;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(ended == 200);
+  CHECK_FALSE(sim.engine.has_work());
+  sim.engine.close();
+}
+
+TEST_CASE("closing while the loop runs leaves nobody waiting") {
+  for (int round = 0; round < 10; ++round) {
+    SimEngine sim;
+    sim.engine.start();
+    std::vector<std::shared_ptr<RequestChannel>> channels;
+    for (int i = 0; i < 20; ++i) channels.push_back(sim.engine.submit(request({1, 2}, 40)));
+    std::thread waiter([&] {
+      for (const auto& channel : channels) {
+        while (!channel->is_finished()) (void)channel->wait(5.0);
+      }
+    });
+    sim.engine.close();
+    waiter.join();
+  }
+}
+
+TEST_CASE("an event loop is woken once for all news, and again only after it took them") {
+  SimEngine sim;
+  const auto notifier = std::make_shared<Notifier>();
+  for (int i = 0; i < 3; ++i) {
+    RequestSpec spec = request({1, static_cast<Token>(2 + i)}, 3);
+    spec.sampling.ignore_eos = true;
+    spec.streams = true;
+    spec.notifier = notifier;
+    (void)sim.engine.submit(spec);
+  }
+  sim.engine.step();
+  sim.engine.step();
+  CHECK(notifier->take().size() == 3);
+  CHECK(notifier->take().empty());
+}
+
+}  // namespace
+}  // namespace batchcore

@@ -1,0 +1,111 @@
+// An engine over a SimBackend on virtual time, driven step by step, for the tests.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/sim_backend.h"
+#include "engine/engine.h"
+
+namespace batchcore::testing {
+
+inline constexpr Token kEndToken = 0;
+
+/// 64 tokens: an end of generation, then one printable character each.
+inline std::shared_ptr<const Vocab> small_vocab() {
+  auto vocab = std::make_shared<Vocab>();
+  vocab->add_piece("");
+  for (int token = 1; token < 64; ++token) vocab->add_piece(std::string(1, static_cast<char>(' ' + token)));
+  vocab->add_end_of_generation(kEndToken);
+  return vocab;
+}
+
+struct SimOptions {
+  KvLayout layout = KvLayout::kUnified;
+  MemoryKind memory = MemoryKind::kAttention;
+  std::int32_t num_slots = 8;
+  std::int32_t max_num_seqs = 4;
+  std::int32_t num_cells = 256;
+  std::int32_t cells_per_slot = 0;  ///< 0: what the layout gives
+  std::int32_t n_ubatch = 32;
+  bool prefix_caching = true;
+  std::int64_t max_queued_requests = 1000;
+  SimCost cost = {};
+};
+
+inline BackendInfo sim_info(const SimOptions& options) {
+  BackendInfo info;
+  info.n_vocab = 64;
+  info.num_slots = options.num_slots;
+  info.num_cells = options.num_cells;
+  info.cells_per_slot = options.layout == KvLayout::kUnified ? options.num_cells
+                                                             : options.num_cells / options.num_slots;
+  if (options.cells_per_slot > 0) info.cells_per_slot = options.cells_per_slot;
+  info.n_ubatch = options.n_ubatch;
+  info.max_outputs = options.n_ubatch;
+  info.layout = options.layout;
+  info.memory = options.memory;
+  return info;
+}
+
+inline EngineConfig sim_config(const SimOptions& options) {
+  EngineConfig config;
+  config.scheduler.max_num_seqs = options.max_num_seqs;
+  config.scheduler.prefix_caching = options.prefix_caching;
+  config.max_queued_requests = options.max_queued_requests;
+  config.max_queued_tokens = 1'000'000;
+  config.check_integrity = true;
+  return config;
+}
+
+struct SimEngine {
+  explicit SimEngine(const SimOptions& options = {})
+      : SimEngine(std::make_unique<SimBackend>(sim_info(options), options.cost), options) {}
+
+  SimEngine(std::unique_ptr<SimBackend> owned, const SimOptions& options)
+      : backend(owned.get()),
+        engine(std::move(owned), small_vocab(), sim_config(options),
+               [this] { return backend->now() + skipped; }) {}
+
+  /// Steps until nothing is left; false where that takes more than `limit` steps.
+  bool run(int limit = 100'000) {
+    while (engine.has_work()) {
+      if (limit-- == 0) return false;
+      engine.step();
+    }
+    return true;
+  }
+
+  SimBackend* backend;
+  double skipped = 0.0;  ///< seconds added to the clock
+  Engine engine;
+};
+
+inline RequestSpec request(std::vector<Token> prompt, std::int32_t max_tokens) {
+  RequestSpec spec;
+  spec.prompt = std::move(prompt);
+  spec.sampling.max_tokens = max_tokens;
+  return spec;
+}
+
+/// Everything that a finished request has given, by completion.
+struct Result {
+  std::vector<CompletionDelta> completions;
+  std::exception_ptr error;
+  RequestMetrics metrics;
+};
+
+inline Result collect(RequestChannel& channel) {
+  Result result;
+  if (auto update = channel.take()) {
+    result.completions = std::move(update->deltas);
+    result.error = update->error;
+    result.metrics = update->metrics;
+  }
+  return result;
+}
+
+}  // namespace batchcore::testing
