@@ -5,13 +5,15 @@
 #include <climits>
 #include <cstdint>
 #include <exception>
+#include <iterator>
 
 #include "core/errors.h"
 
 namespace batchcore {
 namespace {
 
-constexpr std::string_view kLowerBar = "\xE2\x96\x81";  // U+2581, SentencePiece's space
+constexpr std::string_view kLowerBar = "\xE2\x96\x81";     // U+2581, SentencePiece's space
+constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
 // Retokenising what is left is quadratic, so a hostile text ends up as plain byte tokens.
 constexpr int kMaxRetries = 64;
@@ -110,23 +112,37 @@ std::vector<Token> LlamaTokenizer::encode_raw(std::string_view text, bool add_sp
 
 std::vector<Token> LlamaTokenizer::encode(std::string_view text, bool add_special,
                                           bool parse_special) const {
-  std::vector<Token> tokens = encode_raw(text, add_special, parse_special);
-  if (parse_special) return tokens;  // control tokens swallow spaces on purpose
-
   // What add_special puts around is what it makes of an empty text: BOS in front, the rest behind.
-  const std::size_t around = add_special ? encode_raw({}, true, false).size() : 0;
-  const std::size_t front = around > 0 && tokens.front() == llama_vocab_bos(vocab_) ? 1 : 0;
-  const auto body_begin = tokens.begin() + static_cast<std::ptrdiff_t>(front);
-  const auto body_end = tokens.end() - static_cast<std::ptrdiff_t>(around - front);
-  if (!is_lossy(text)) {
-    std::vector<Token> body(body_begin, body_end);
+  const std::vector<Token> around =
+      add_special ? encode_raw({}, true, false) : std::vector<Token>();
+  const std::ptrdiff_t front = !around.empty() && around.front() == llama_vocab_bos(vocab_) ? 1 : 0;
+  const std::ptrdiff_t back = std::ssize(around) - front;
+
+  if (parse_special || !is_lossy(text)) {
+    std::vector<Token> tokens = encode_raw(with_valid_utf8(text), add_special, parse_special);
+    if (parse_special) return tokens;  // control tokens swallow spaces on purpose
+    std::vector<Token> body(tokens.begin() + front, tokens.end() - back);
     if (match(text, true, body) == text.size()) return tokens;
   }
-  std::vector<Token> exact;
-  if (!encode_exact(text, exact)) return tokens;
-  exact.insert(exact.begin(), tokens.begin(), body_begin);
-  exact.insert(exact.end(), body_end, tokens.end());
+  std::vector<Token> exact(around.begin(), around.begin() + front);
+  if (!encode_exact(text, exact)) {
+    return encode_raw(with_valid_utf8(text), add_special, parse_special);
+  }
+  exact.insert(exact.end(), around.begin() + front, around.end());
   return exact;
+}
+
+// Some of llama.cpp's tokenizers replace what is not UTF-8, some throw at a part of it.
+std::string LlamaTokenizer::with_valid_utf8(std::string_view text) const {
+  if (!loses_invalid_) return std::string(text);
+  std::string result;
+  result.reserve(text.size());
+  for (std::size_t i = 0; i < text.size();) {
+    const std::size_t length = utf8_length(text.substr(i));
+    result += length == 0 ? kReplacement : text.substr(i, length);
+    i += length == 0 ? 1 : length;
+  }
+  return result;
 }
 
 // Bytes of the unit at the start of `text` that encode_raw() would lose, 0 where it keeps it.

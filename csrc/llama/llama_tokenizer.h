@@ -41,6 +41,7 @@ class LlamaTokenizer {
 
   [[nodiscard]] std::vector<Token> encode_raw(std::string_view text, bool add_special,
                                               bool parse_special) const;
+  [[nodiscard]] std::string with_valid_utf8(std::string_view text) const;
   [[nodiscard]] bool is_lossy(std::string_view text) const;
   [[nodiscard]] std::size_t lossy_unit(std::string_view text) const;
   [[nodiscard]] bool encode_exact(std::string_view text, std::vector<Token>& tokens) const;
