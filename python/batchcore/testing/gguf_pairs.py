@@ -6,6 +6,7 @@ gguf's own reader makes numpy arrays of every string, which takes half a minute 
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,6 +18,7 @@ __all__ = ["read_pairs"]
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
+_LARGE_BYTES = 1 << 20
 # The struct codes of the value types that are numbers; 8 and 9 are strings and arrays.
 _NUMBERS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -47,6 +49,9 @@ def read_pairs(path: Path) -> Iterator[tuple[str, Any, int, int | None]]:
 
 
 def _take(file: BinaryIO, n_bytes: int) -> bytes:
+    # A damaged count must not become an attempt to allocate it.
+    if n_bytes > _LARGE_BYTES and n_bytes > os.fstat(file.fileno()).st_size:
+        raise ValueError("truncated")
     data = file.read(n_bytes)
     if len(data) != n_bytes:
         raise ValueError("truncated")
