@@ -32,15 +32,19 @@ const Candidate& median(const Candidate& a, const Candidate& b, const Candidate&
   return comes_before(a, c) ? a : comes_before(b, c) ? c : b;
 }
 
-// Moves those before `pivot` to the front; returns how many, and their weight in `mass`.
-std::size_t partition(std::span<Candidate> candidates, Candidate pivot, double& mass) {
+// Moves those before `pivot` to the front; returns how many, and their weight in `mass`. Swaps
+// without a branch: which way a candidate goes can't be predicted.
+std::size_t partition(std::span<Candidate> candidates, const Candidate pivot, double& mass) {
   std::size_t kept = 0;
   mass = 0.0;
-  for (std::size_t i = 0; i < candidates.size(); ++i) {
-    if (!comes_before(candidates[i], pivot)) continue;
-    mass += candidates[i].weight;
-    std::swap(candidates[i], candidates[kept]);
-    ++kept;
+  for (Candidate& candidate : candidates) {
+    const Candidate moving = candidate;
+    const bool keep = (moving.logit > pivot.logit) |
+                      ((moving.logit == pivot.logit) & (moving.token < pivot.token));
+    candidate = candidates[kept];
+    candidates[kept] = moving;
+    kept += static_cast<std::size_t>(keep);
+    mass += static_cast<double>(moving.weight) * static_cast<double>(keep);
   }
   return kept;
 }

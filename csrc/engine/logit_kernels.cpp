@@ -190,4 +190,14 @@ void block_masses(const float* logits, std::size_t num_blocks, SoftmaxScale scal
   masses_kernel<Baseline>(logits, num_blocks, max, inverse, masses);
 }
 
+// Baseline vectors only: candidates are few as a rule.
+void logits_to_weights(float* values, std::size_t count, SoftmaxScale scale) {
+  constexpr std::size_t kWidth = sizeof(Baseline::Floats) / sizeof(float);
+  for (std::size_t i = 0; i < count; i += kWidth) {
+    const auto result =
+        weights<Baseline>(load<Baseline>(values + i), scale.max, scale.inverse_temperature);
+    std::memcpy(values + i, &result, sizeof(result));
+  }
+}
+
 }  // namespace batchcore

@@ -31,4 +31,7 @@ void block_maxima(const float* logits, std::size_t num_blocks, float* maxima);
 /// Sum of the weights of each of `num_blocks` blocks.
 void block_masses(const float* logits, std::size_t num_blocks, SoftmaxScale scale, float* masses);
 
+/// Replaces logits by their weights; `count` is a multiple of 16.
+void logits_to_weights(float* values, std::size_t count, SoftmaxScale scale);
+
 }  // namespace batchcore

@@ -71,10 +71,17 @@ double total_weight(std::span<const Candidate> candidates) {
 }
 
 double weigh(std::span<Candidate> candidates, SoftmaxScale scale) {
+  constexpr std::size_t kChunk = 16;
   double total = 0.0;
-  for (Candidate& candidate : candidates) {
-    candidate.weight = scale.weight(candidate.logit);
-    total += candidate.weight;
+  for (std::size_t begin = 0; begin < candidates.size(); begin += kChunk) {
+    const auto chunk = candidates.subspan(begin, std::min(kChunk, candidates.size() - begin));
+    float values[kChunk] = {};
+    for (std::size_t i = 0; i < chunk.size(); ++i) values[i] = chunk[i].logit;
+    logits_to_weights(values, kChunk, scale);
+    for (std::size_t i = 0; i < chunk.size(); ++i) {
+      chunk[i].weight = values[i];
+      total += values[i];
+    }
   }
   return total;
 }

@@ -236,6 +236,30 @@ TEST_CASE("sampler: draws follow the distribution") {
   }
 }
 
+TEST_CASE("sampler: top_p reaches far down where many unlikely tokens make up its mass") {
+  std::vector<float> logits(8, 0.0F);
+  logits.resize(408, -5.0F);
+  logits.resize(3500, -9.0F);
+  SamplingParams params;
+  params.temperature = 1.0F;
+  for (const float top_p : {0.72F, 0.95F, 0.985F}) {  // ends among the first, second and third kind
+    params.top_p = top_p;
+    check_distribution(params, logits);
+  }
+}
+
+TEST_CASE("sampler: min_p is exact at its edge") {
+  SamplingParams params;
+  params.temperature = 1.0F;
+  params.min_p = 0.5F;
+  const float edge = std::log(0.5F);
+  std::set<Token> drawn;
+  for (params.seed = 0; params.seed < 200; ++params.seed) {
+    drawn.insert(sample_once(params, {edge - 2e-6F, 0.0F, edge + 2e-6F}));
+  }
+  CHECK(drawn == std::set<Token>{1, 2});
+}
+
 TEST_CASE("sampler: extreme temperatures and logits") {
   SamplingParams params;
   params.temperature = 1e-4F;
