@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "core/micro_batch.h"
 #include "core/types.h"
@@ -74,6 +76,15 @@ class Backend {
 
   /// Asks a running decode() to return early with kInterrupted, where the device can. Any thread.
   virtual void interrupt() = 0;
+
+  /// Why the last decode() did not return kOk, in words; empty where there is nothing to add.
+  [[nodiscard]] virtual std::string last_error() const { return {}; }
+
+  /// Decode calls that reused the compute graph of the one before.
+  [[nodiscard]] virtual std::int64_t num_graphs_reused() const { return 0; }
+
+  /// What a user should know about how the backend was set up.
+  [[nodiscard]] virtual std::vector<std::string> warnings() const { return {}; }
 };
 
 }  // namespace batchcore

@@ -24,6 +24,7 @@ Engine::Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vo
       clock_(std::move(clock)),
       scheduler_(config.scheduler),
       process_(getpid()),
+      warnings_(backend_->warnings()),
       state_(backend_->info()),
       samplers_(config.num_sampler_threads) {
   if (config.scheduler.max_num_seqs > state_.info.num_slots) {

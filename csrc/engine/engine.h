@@ -65,6 +65,7 @@ class Engine {
 
   [[nodiscard]] EngineStats stats() const;
   [[nodiscard]] const BackendInfo& info() const { return state_.info; }
+  [[nodiscard]] const std::vector<std::string>& warnings() const { return warnings_; }
   /// The process that made it; in any other, an engine must be neither used nor destroyed.
   [[nodiscard]] int process() const { return process_; }
 
@@ -122,6 +123,7 @@ class Engine {
   const EngineClock clock_;
   const Scheduler scheduler_;
   const int process_;
+  const std::vector<std::string> warnings_;
 
   // Shared with callers.
   mutable std::mutex inbox_mutex_;

@@ -151,6 +151,7 @@ void Engine::update_stats() {
   stats_.num_cells = state_.info.num_cells;
   stats_.num_active_cells = state_.kv.num_active_cells();
   stats_.num_cached_cells = state_.kv.num_cells() - state_.kv.num_active_cells();
+  stats_.num_graphs_reused = backend_->num_graphs_reused();
   const std::lock_guard lock(stats_mutex_);
   published_stats_ = stats_;
 }

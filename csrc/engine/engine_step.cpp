@@ -139,7 +139,7 @@ DecodeStatus Engine::decode() {
   try {
     return backend_->decode(batch_);
   } catch (const std::exception&) {
-    return DecodeStatus::kComputeFailed;
+    return DecodeStatus::kComputeFailed;  // a Backend of somebody else's; ours throw nothing
   }
 }
 
@@ -157,11 +157,11 @@ void Engine::handle_failure(std::span<const PlannedRows> rows, DecodeStatus stat
     return;
   }
   const int code = static_cast<int>(status);
+  std::string message =
+      "the model could not compute this request (status " + std::to_string(code) + ")";
+  if (const std::string reason = backend_->last_error(); !reason.empty()) message += ": " + reason;
   finish_request(*of(rows.front().sequence).request, FinishReason::kError,
-                 std::make_exception_ptr(DecodeError(
-                     "the model could not compute this request (llama.cpp returned " +
-                         std::to_string(code) + ")",
-                     code)));
+                 std::make_exception_ptr(DecodeError(message, code)));
 }
 
 void Engine::reconcile(EngineSequence& sequence) {

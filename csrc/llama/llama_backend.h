@@ -39,8 +39,11 @@ class LlamaBackend final : public Backend {
   /// Sticks until a decode() has seen it, so that one sent between two calls is not lost.
   void interrupt() override { context_.interrupt(); }
 
-  /// Why the last decode() did not return kOk.
-  [[nodiscard]] const std::string& last_error() const { return last_error_; }
+  [[nodiscard]] std::string last_error() const override { return last_error_; }
+  [[nodiscard]] std::int64_t num_graphs_reused() const override {
+    return context_.num_graphs_reused();
+  }
+  [[nodiscard]] std::vector<std::string> warnings() const override { return context_.warnings(); }
 
   /// The context beneath: effective parameters, warnings, memory and graph figures.
   [[nodiscard]] const Context& context() const { return context_; }

@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
-# First, because it refuses to import on a CPU where loading _core would be an illegal instruction.
-from batchcore import _cpu  # noqa: F401
+from batchcore import errors
 from batchcore._core import __version__
+from batchcore.async_engine import AsyncEngine
+from batchcore.engine import Engine, EngineStats
+from batchcore.errors import BatchcoreError
+from batchcore.handle import AsyncRequestHandle, RequestHandle
+from batchcore.model import Model
+from batchcore.outputs import (
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    StreamDelta,
+    TokenLogprobs,
+)
+from batchcore.params import SamplingParams
 
-__all__ = ["__version__"]
+__all__ = [
+    "AsyncEngine",
+    "AsyncRequestHandle",
+    "BatchcoreError",
+    "CompletionOutput",
+    "Engine",
+    "EngineStats",
+    "Model",
+    "RequestHandle",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamDelta",
+    "TokenLogprobs",
+    "__version__",
+    "errors",
+]

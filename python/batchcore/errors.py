@@ -1,10 +1,12 @@
 """The error tree of batchcore: every exception it raises on purpose derives from BatchcoreError.
 
-This module imports nothing, so that any part of the package, the native core's translator included,
+This module imports nothing but typing, so that any part of the package, the native core's translator included,
 can name an error without a cost. Cancellation is a finish reason, not an error.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 __all__ = [
     "BatchcoreError",
@@ -100,7 +102,17 @@ class QueueFullError(RequestError):
 
 
 class RequestTimeoutError(RequestError, TimeoutError):
-    """Raised when a request's deadline passes before it is finished."""
+    """Raised when a request's deadline passes before it is finished.
+
+    `output` is the RequestOutput with what was generated until then.
+    """
+
+    def __init__(
+        self, message: str, *, request_id: int | str | None = None, output: Any = None
+    ) -> None:
+        """Keep what there is of the output."""
+        super().__init__(message, request_id=request_id)
+        self.output = output
 
 
 class EngineError(BatchcoreError):

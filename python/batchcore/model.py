@@ -236,6 +236,18 @@ class Model:
         """
         return self._native.tokenize(_to_bytes(text), add_special, parse_special)
 
+    def tokenize_prompt(self, text: str) -> list[int]:
+        """Turn the text of a prompt into tokens: control tokens read, BOS in front but not twice.
+
+        Raises:
+            InvalidRequestError: The model has no vocabulary.
+        """
+        tokens = self.tokenize(text, parse_special=True)
+        bos = self._special.bos
+        if bos is not None and tokens[:2] == [bos, bos]:
+            del tokens[0]  # the text began with its name, as a chat template writes it
+        return tokens
+
     def detokenize(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """Turn tokens into text; bytes that are no UTF-8 become U+FFFD.
 

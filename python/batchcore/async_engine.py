@@ -1,0 +1,209 @@
+"""The engine for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from batchcore import _core
+from batchcore.engine import Engine, submit_to
+from batchcore.errors import EngineError
+from batchcore.handle import AsyncRequestHandle
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import AsyncIterator
+
+    from batchcore.engine import EngineStats, Prompt
+    from batchcore.model import Model
+    from batchcore.outputs import RequestOutput, StreamDelta
+    from batchcore.params import SamplingParams
+
+__all__ = ["AsyncEngine"]
+
+# Texts longer than this are tokenised in a worker thread, so that they don't hold up the loop.
+_LONG_TEXT = 16_384
+
+
+class AsyncEngine:
+    """An `Engine` whose results come through an event loop. An async context manager.
+
+    The loop is woken once per step, by a file descriptor, however many requests have news. Works
+    with asyncio and uvloop. Belongs to the event loop that first uses it.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | Model | Engine, **options: Any) -> None:
+        """Say what to run; loading starts with `async with`, `start` or the first request.
+
+        Args:
+            model: As for `Engine`; or an engine, which then stays open when this is closed.
+            **options: As for `Engine`.
+        """
+        self._source = model
+        self._options = options
+        self._engine: Engine | None = model if isinstance(model, Engine) else None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._notifier: _core.Notifier | None = None
+        self._starting: asyncio.Future[Engine] | None = None
+        self._handles: weakref.WeakValueDictionary[int, AsyncRequestHandle] = (
+            weakref.WeakValueDictionary()
+        )
+
+    async def __aenter__(self) -> AsyncEngine:
+        """Load the model without blocking the event loop."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.aclose()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath, once it is loaded.
+
+        Raises:
+            EngineError: It is not loaded yet.
+        """
+        if self._engine is None:
+            raise EngineError("the engine is not loaded yet: use 'async with' or await start()")
+        return self._engine
+
+    async def start(self) -> None:
+        """Load the model in a worker thread. Does nothing where it is loaded.
+
+        Raises:
+            ModelLoadError, ConfigError, EngineError: As for `Engine`.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise EngineError("this engine belongs to another event loop")
+        if self._engine is None:
+            if self._starting is None:
+                self._starting = asyncio.ensure_future(
+                    asyncio.to_thread(Engine, self._source, **self._options)  # type: ignore[arg-type]
+                )
+            try:
+                # Shielded: one impatient caller must not cancel the load for the others.
+                self._engine = await asyncio.shield(self._starting)
+            finally:
+                if self._starting is not None and self._starting.done():
+                    self._starting = None
+        if self._notifier is None:
+            self._notifier = _core.Notifier()
+            loop.add_reader(self._notifier.fd, self._dispatch)
+
+    def _dispatch(self) -> None:
+        assert self._notifier is not None  # noqa: S101 (it is what has called)
+        for request_id in self._notifier.take():
+            handle = self._handles.get(request_id)
+            if handle is not None:
+                handle._wake()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,  # noqa: ASYNC109 (the engine keeps it, in C++)
+    ) -> RequestOutput:
+        """Complete one prompt; cancelling the task cancels the request.
+
+        Takes and raises what `Engine.generate` does.
+        """
+        handle = await self._submit(prompt, params, priority, timeout, streams=False)
+        return await handle
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,  # noqa: ASYNC109 (the engine keeps it, in C++)
+    ) -> AsyncIterator[StreamDelta]:
+        """Complete one prompt and yield text and tokens as they come.
+
+        Closing the iterator or cancelling the task cancels the request.
+        """
+        handle = await self._submit(prompt, params, priority, timeout, streams=True)
+        deltas = handle.__aiter__()
+        try:
+            async for delta in deltas:
+                yield delta
+        finally:
+            handle.cancel()
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,  # noqa: ASYNC109 (the engine keeps it, in C++)
+    ) -> AsyncRequestHandle:
+        """Queue one prompt and return its handle, to await or to iterate.
+
+        A handle that is dropped cancels its request. Raises what `Engine.submit` does.
+        """
+        return await self._submit(prompt, params, priority, timeout, streams=True)
+
+    async def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        priority: int,
+        timeout: float | None,  # noqa: ASYNC109
+        *,
+        streams: bool,
+    ) -> AsyncRequestHandle:
+        await self.start()
+        engine = self.engine
+        if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
+            tokens = await asyncio.to_thread(engine.tokenize, prompt)
+        else:
+            tokens = engine.tokenize(prompt)
+        handle = submit_to(
+            engine,
+            tokens,
+            params,
+            AsyncRequestHandle,
+            priority=priority,
+            timeout=timeout,
+            streams=streams,
+            notifier=self._notifier,
+        )
+        self._handles[handle.id] = handle
+        return handle
+
+    def abort(self, request_id: int) -> None:
+        """End a request as `cancelled` within one step; nothing happens where it has ended."""
+        self.engine.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """A consistent copy of the counters, as of the last step."""
+        return self.engine.stats()
+
+    async def aclose(self) -> None:
+        """Close the engine, unless it was handed in; see `Engine.close`."""
+        open_handles = [handle for handle in self._handles.values() if not handle.finished]
+        if self._engine is not None and self._engine is not self._source:
+            await asyncio.to_thread(self._engine.close)
+        else:
+            for handle in open_handles:
+                handle.cancel()
+            await asyncio.to_thread(_wait_for, open_handles)
+        if self._notifier is not None and self._loop is not None:
+            self._dispatch()  # the news that came with closing
+            self._loop.remove_reader(self._notifier.fd)
+            self._notifier = None
+
+
+def _wait_for(handles: list[AsyncRequestHandle]) -> None:
+    for handle in handles:
+        while not handle._channel.is_finished:
+            handle._channel.wait(1.0)

@@ -1,0 +1,439 @@
+"""The engine for threads: blocking calls, iterators and manual stepping."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from batchcore import _core, _log
+from batchcore.errors import ConfigError, InvalidRequestError
+from batchcore.handle import RequestHandle, SteppedRequestHandle, _Handle
+from batchcore.model import Model
+from batchcore.params import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from batchcore.outputs import RequestOutput, StreamDelta
+
+    Prompt = str | Sequence[int]
+
+__all__ = ["Engine", "EngineStats"]
+
+_MAX_SLOTS = 256  # llama.cpp's LLAMA_MAX_SEQ
+HandleT = TypeVar("HandleT", bound=_Handle)
+
+# Engines still open when the interpreter exits. Their threads must be gone before it tears down.
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_open_engines):
+        engine.close()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters of an engine at the end of a step."""
+
+    num_running: int
+    """Sequences that hold a slot."""
+    num_waiting: int
+    """Sequences in the queue."""
+    num_cells: int
+    """KV cells in all."""
+    num_active_cells: int
+    """KV cells of running sequences; shared ones count once."""
+    num_cached_cells: int
+    """KV cells kept for the prefix they hold."""
+    num_steps: int
+    num_micro_batches: int
+    """Calls of llama.cpp's decode."""
+    num_rows: int
+    """Tokens computed in all of them."""
+    num_prompt_tokens: int
+    """Prompt tokens of the requests that were admitted."""
+    num_prefill_tokens: int
+    """Tokens computed in chunks; again after a preemption."""
+    num_decode_rows: int
+    """Tokens computed one per sequence and step."""
+    num_cached_tokens: int
+    """Prompt tokens that a cached prefix saved."""
+    num_generated_tokens: int
+    num_preemptions: int
+    num_evictions: int
+    """Cached prefixes given up for their cells or their slot."""
+    num_decode_failures: int
+    num_graphs_reused: int
+    """Decode calls that reused the compute graph of the one before."""
+    num_finished: dict[str, int]
+    """Requests by terminal state."""
+    plan_s: float
+    """Seconds of the engine thread by phase, since the start: planning,"""
+    decode_s: float
+    """inside llama.cpp,"""
+    sample_s: float
+    """choosing tokens,"""
+    text_s: float
+    """turning them into text, looking for stop strings, bookkeeping,"""
+    publish_s: float
+    """handing results out."""
+
+
+class Engine:
+    """Batches requests over one model. Thread-safe; a context manager.
+
+    One thread runs the loop: at every step it decodes one token for each running sequence, takes in
+    chunks of waiting prompts, and refills the slots of sequences that ended.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Model,
+        *,
+        max_num_seqs: int = 16,
+        n_ctx: int = 8192,
+        n_ubatch: int = 512,
+        kv_layout: Literal["auto", "unified", "streams"] = "auto",
+        prefix_caching: bool = True,
+        prefill_policy: Literal["latency", "balanced", "throughput"] = "balanced",
+        target_itl_ms: float | None = None,
+        max_queued_requests: int = 10_000,
+        max_queued_tokens: int = 10_000_000,
+        n_threads: int | None = None,
+        n_gpu_layers: int = -1,
+        flash_attn: Literal["auto", "on", "off"] = "auto",
+        type_k: str = "f16",
+        type_v: str = "f16",
+        swa_full: bool = True,
+        offload_kqv: bool = True,
+        autostart: bool = True,
+        check_integrity: bool = False,
+    ) -> None:
+        """Load the model, allocate the KV memory and start the loop.
+
+        Args:
+            model: A path, the name of a preset, `hf:owner/repo/file.gguf`, or a loaded Model, which
+                several engines may share.
+            max_num_seqs: Sequences that run at the same time.
+            n_ctx: KV cells, shared by all sequences; with `streams` each gets an equal part.
+            n_ubatch: Tokens per decode call at most.
+            kv_layout: `unified`: one pool of cells, prefixes are shared without a copy. `streams`:
+                a fixed part per sequence, which decodes faster on a CPU, but wastes what a sequence
+                does not use and caps its length. `auto` is `unified` with prefix caching, else
+                `streams`.
+            prefix_caching: Reuse the cells of requests that start with the same tokens.
+            prefill_policy: How much prompts may slow down sequences that decode.
+            target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
+                with a prompt take 2.5 times as long as one without.
+            max_queued_requests: Requests that wait for a slot at most; beyond, QueueFullError.
+            max_queued_tokens: Prompt tokens of those at most.
+            n_threads: CPU threads; None means one per usable core.
+            n_gpu_layers: Layers in GPU memory, negative means all (for a model loaded here).
+            flash_attn: Flash attention.
+            type_k: ggml type of the K cache; quantised types save memory.
+            type_v: ggml type of the V cache; quantised types need flash attention.
+            swa_full: Keep all cells of sliding-window layers, so that prefixes can be reused.
+            offload_kqv: KV cells in GPU memory.
+            autostart: Run the loop in a thread; otherwise call `step`.
+            check_integrity: Prove the accounting after every step; slow, for tests.
+
+        Raises:
+            ModelLoadError: The model can't be loaded.
+            ConfigError: A value can't work, or the model can't generate text.
+            EngineError: Not enough memory.
+        """
+        _check_positive(max_num_seqs=max_num_seqs, n_ctx=n_ctx, n_ubatch=n_ubatch)
+        _check_positive(max_queued_requests=max_queued_requests)
+        _check_positive(max_queued_tokens=max_queued_tokens)
+        if n_threads is not None:
+            _check_positive(n_threads=n_threads)
+        if target_itl_ms is not None and not 0 < target_itl_ms < float("inf"):
+            raise ConfigError(f"target_itl_ms must be above 0, not {target_itl_ms}")
+        self.model = model if isinstance(model, Model) else Model(model, n_gpu_layers=n_gpu_layers)
+        """The model it runs."""
+        if kv_layout == "auto":
+            kv_layout = "unified" if prefix_caching else "streams"
+        self.kv_layout = kv_layout
+        """The KV layout in use."""
+        self.max_num_seqs = max_num_seqs
+        """Sequences that run at the same time."""
+        threads = n_threads or _usable_cores()
+        self._autostart = autostart
+        try:
+            self._native = _core.Engine(
+                self.model._native,
+                {
+                    "n_ctx": n_ctx,
+                    "num_slots": _num_slots(max_num_seqs, kv_layout, prefix_caching),
+                    "n_ubatch": n_ubatch,
+                    "n_threads": threads,
+                    "n_threads_batch": threads,
+                    "kv_layout": kv_layout,
+                    "type_k": type_k,
+                    "type_v": type_v,
+                    "flash_attn": flash_attn,
+                    "swa_full": swa_full,
+                    "offload_kqv": offload_kqv,
+                },
+                {
+                    "max_num_seqs": max_num_seqs,
+                    "prefill_policy": prefill_policy,
+                    "target_itl_s": (target_itl_ms or 0.0) / 1e3,
+                    "prefix_caching": prefix_caching,
+                    "max_queued_requests": max_queued_requests,
+                    "max_queued_tokens": max_queued_tokens,
+                    "num_sampler_threads": threads,
+                    "check_integrity": check_integrity,
+                },
+            )
+        finally:
+            _log.forward()
+        for message in self._native.warnings:
+            warnings.warn(message, stacklevel=2)
+        _open_engines.add(self)
+        if autostart:
+            self._native.start()
+
+    def __repr__(self) -> str:
+        """The model and the size of the engine."""
+        return f"Engine({self.model.path!r}, max_num_seqs={self.max_num_seqs}, n_ctx={self.n_ctx})"
+
+    def __enter__(self) -> Engine:
+        """Nothing to do: the engine runs since it was made."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    @property
+    def n_ctx(self) -> int:
+        """KV cells in all, in tokens."""
+        return self._native.num_cells
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Prompt and output of one sequence together, at most."""
+        return self._native.cells_per_slot
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all of them batched, and return outputs in their order.
+
+        Args:
+            prompts: One text or list of tokens, or several of them. Control tokens in a text, as
+                chat templates write them, are read as such.
+            params: One for all, or one for each; None means the defaults.
+            priority: Lower goes first.
+            timeout: Seconds from now until each must be finished.
+            progress: Show a bar.
+
+        Raises:
+            InvalidRequestError: A prompt or parameter can't be served; then none has been started.
+            QueueFullError: More prompts than the queue may hold.
+            RequestTimeoutError: `timeout` passed; the others have finished or are cancelled.
+            EngineError: A request failed; DecodeError and EngineClosedError say how.
+        """
+        tokens = [self.tokenize(prompt) for prompt in as_prompts(prompts)]
+        each = as_params(params, len(tokens))
+        handles: list[RequestHandle] = []
+        try:
+            for prompt, one in zip(tokens, each, strict=True):
+                handles.append(
+                    self._submit(prompt, one, priority=priority, timeout=timeout, streams=False)
+                )
+            return [handle.result() for handle in _with_progress(handles, progress)]
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Iterator[StreamDelta]:
+        """Complete one prompt and yield text and tokens as they come.
+
+        Closing the iterator, or leaving the loop, cancels the request. The last delta of a
+        completion has its `finish_reason`.
+
+        Raises:
+            InvalidRequestError: At the first delta, as all others; see `generate`.
+        """
+        yield from self.submit(prompt, params, priority=priority, timeout=timeout)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> RequestHandle:
+        """Queue one prompt and return at once. A handle that is dropped cancels its request.
+
+        Raises:
+            InvalidRequestError: The prompt or a parameter can't be served.
+            QueueFullError: The queue is at its bound.
+            EngineClosedError: The engine is closed.
+        """
+        tokens = self.tokenize(prompt)
+        return self._submit(tokens, params, priority=priority, timeout=timeout, streams=True)
+
+    def abort(self, request_id: int) -> None:
+        """End a request as `cancelled` within one step; nothing happens where it has ended."""
+        self._native.abort(request_id)
+
+    def step(self) -> list[int]:
+        """Run one step and return the ids of the requests with news (`autostart=False` only).
+
+        Raises:
+            EngineError: The engine runs its own loop, or is closed.
+        """
+        return self._native.step()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has not ended yet."""
+        return self._native.has_work
+
+    def stats(self) -> EngineStats:
+        """A consistent copy of the counters, as of the last step."""
+        return EngineStats(**self._native.stats())
+
+    def close(self) -> None:
+        """End every request with EngineClosedError, stop the loop, free the KV memory.
+
+        Returns once the loop has stopped; calling it again does nothing.
+        """
+        native = getattr(self, "_native", None)  # missing where __init__ failed
+        if native is not None:
+            native.close()
+            _log.forward()
+        _open_engines.discard(self)
+
+    def __del__(self) -> None:
+        """Close: an engine that nobody holds has no requests that anybody waits for."""
+        self.close()
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, as `generate` makes them.
+
+        Raises:
+            InvalidRequestError: The prompt is neither a text nor tokens.
+        """
+        if isinstance(prompt, str):
+            return self.model.tokenize_prompt(prompt)
+        try:
+            return [int(token) for token in prompt]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"a prompt is a text or a list of tokens, not {type(prompt).__name__}"
+            ) from error
+
+    def _submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams | None,
+        *,
+        priority: int,
+        timeout: float | None,
+        streams: bool,
+    ) -> RequestHandle:
+        kind = RequestHandle if self._autostart else SteppedRequestHandle
+        return submit_to(
+            self, tokens, params, kind, priority=priority, timeout=timeout, streams=streams
+        )
+
+
+def submit_to(
+    engine: Engine,
+    tokens: list[int],
+    params: SamplingParams | None,
+    kind: type[HandleT],
+    *,
+    priority: int,
+    timeout: float | None,
+    streams: bool,
+    notifier: _core.Notifier | None = None,
+) -> HandleT:
+    """Queue a request and wrap its channel in a handle of `kind`."""
+    params = params or SamplingParams()
+    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise InvalidRequestError(f"priority must be a 32-bit integer, not {priority!r}")
+    if timeout is not None and not timeout > 0:
+        raise InvalidRequestError(f"timeout must be above 0 seconds, not {timeout}")
+    channel = engine._native.submit(
+        tokens, params._to_native(), priority, timeout, streams, notifier
+    )
+    return kind(engine, channel, tokens, n=params.n, logprobs=params.logprobs is not None)
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt as a list of one."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def as_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    """One set of parameters for each of `count` prompts."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequestError(f"{len(params)} sets of parameters for {count} prompts")
+    return params
+
+
+def _check_positive(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+
+
+def _num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool) -> int:
+    """Sequences that the KV memory can tell apart.
+
+    Beyond those that run, `unified` slots only hold cached prefixes and cost next to nothing; in
+    `streams` each would take its part of the cells away from the running ones.
+    """
+    if kv_layout == "unified" and prefix_caching:
+        return min(2 * max_num_seqs, max(_MAX_SLOTS, max_num_seqs))
+    return max_num_seqs
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _with_progress(handles: list[RequestHandle], progress: bool) -> Iterator[RequestHandle]:
+    if not progress:
+        yield from handles
+        return
+    # rich is only needed here, and importing it takes long.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import track  # noqa: PLC0415
+
+    yield from track(handles, description="generating", console=Console(stderr=True))

@@ -1,0 +1,116 @@
+"""What a caller asks of the sampler."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchcore import _core
+from batchcore.errors import InvalidRequestError
+
+__all__ = ["SamplingParams"]
+
+_MAX_INT32 = 2**31 - 1
+_MAX_UINT64 = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Immutable; checked when it is made.
+
+    The stages run in this order: `logit_bias`, `min_tokens`, penalties, `temperature`, `min_p`,
+    `top_k`, `top_p`, draw. Names and meaning are vLLM's.
+
+    Raises:
+        InvalidRequestError: A value is out of its range; the message names it.
+    """
+
+    max_tokens: int = 16
+    """Tokens to generate at most, at least 1."""
+    min_tokens: int = 0
+    """Before this many tokens nothing stops the output: stop tokens are not chosen, stop strings
+    not looked for."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Choose among this many most likely tokens; 0 (or -1) means all."""
+    top_p: float = 1.0
+    """Choose among the fewest most likely tokens that together have this probability, (0, 1]."""
+    min_p: float = 0.0
+    """Choose among tokens at least this fraction as likely as the most likely one, [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of prompt and output less likely above 1, more likely below; greater than 0."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token once for each time it is in the output."""
+    seed: int | None = None
+    """Same seed, same tokens, whatever else the engine runs; None draws one per request."""
+    stop: str | Sequence[str] = ()
+    """Strings that end the output; they are not part of its text."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the output; they are in `token_ids` but not in the text."""
+    ignore_eos: bool = False
+    """Go on behind the model's end-of-generation tokens."""
+    logprobs: int | None = None
+    """Report log-probabilities of the token chosen and of this many most likely ones."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    n: int = 1
+    """Completions of the prompt, which is computed once."""
+
+    def __post_init__(self) -> None:
+        """Check every value, and turn the sequences into tuples."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        self._check_integers()
+        self._check_floats()
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens = {self.min_tokens} is more than max_tokens = {self.max_tokens}"
+            )
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InvalidRequestError("stop must be non-empty strings")
+
+    def _check_integers(self) -> None:
+        for name, value, low, high in (
+            ("max_tokens", self.max_tokens, 1, _MAX_INT32),
+            ("min_tokens", self.min_tokens, 0, _MAX_INT32),
+            ("top_k", self.top_k, 0, _MAX_INT32),
+            ("n", self.n, 1, _MAX_INT32),
+            ("seed", 0 if self.seed is None else self.seed, 0, _MAX_UINT64),
+            ("logprobs", 0 if self.logprobs is None else self.logprobs, 0, _MAX_INT32),
+            *(("stop_token_ids", token, 0, _MAX_INT32) for token in self.stop_token_ids),
+            *(("logit_bias", token, 0, _MAX_INT32) for token in self.logit_bias),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidRequestError(f"{name} must be an integer, not {value!r}")
+            if not low <= value <= high:
+                raise InvalidRequestError(f"{name} must be {low} to {high}, not {value}")
+
+    def _check_floats(self) -> None:
+        for name, value, fits, rule in (
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("presence_penalty", self.presence_penalty, True, "finite"),
+            ("frequency_penalty", self.frequency_penalty, True, "finite"),
+            *(("logit_bias", bias, True, "finite") for bias in self.logit_bias.values()),
+        ):
+            if not (math.isfinite(value) and fits):
+                raise InvalidRequestError(f"{name} must be {rule}, not {value}")
+
+    def _to_native(self) -> _core.SamplingParams:
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        values["seed"] = random.getrandbits(64) if self.seed is None else self.seed
+        values["logprobs"] = -1 if self.logprobs is None else self.logprobs
+        values["logit_bias"] = list(self.logit_bias.items())
+        return _core.SamplingParams(values)
