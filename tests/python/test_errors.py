@@ -96,10 +96,10 @@ def test_standard_bases_catch() -> None:
         raise errors.RequestTimeoutError("late", request_id=1)
 
 
-def test_errors_module_imports_nothing() -> None:
+def test_errors_module_imports_nothing_but_typing() -> None:
     # Loaded from its file, so that the package's own __init__ is not part of the count.
     code = (
-        "import sys, __future__\n"
+        "import sys, typing, __future__\n"
         "import importlib.util\n"
         f"spec = importlib.util.spec_from_file_location('e', {errors.__file__!r})\n"
         "m = importlib.util.module_from_spec(spec)\n"
