@@ -1,7 +1,8 @@
 """The error tree of batchcore: every exception it raises on purpose derives from BatchcoreError.
 
 This module imports nothing but typing, so that any part of the package, the native core's
-translator included, can name an error without a cost. Cancellation is a finish reason, not an error.
+translator included, can name an error without a cost. Cancellation is a finish reason, and so no
+error.
 """
 
 from __future__ import annotations
