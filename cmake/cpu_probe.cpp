@@ -1,6 +1,7 @@
-// Executes one instruction set and checks its answer: exit status 0 if it works, 1 if the CPU does not report it.
-// Compiled once per feature, with that feature's flags and -DPROBE_<FEATURE>. CPUID alone is not believed: some virtual
-// machines report AMX and then fault on the first tile instruction.
+// Executes one instruction set and checks its answer: exit status 0 if it works, 1 if the CPU does
+// not report it. Compiled once per feature, with that feature's flags and -DPROBE_<FEATURE>. CPUID
+// alone is not believed: some virtual machines report AMX and then fault on the first tile
+// instruction.
 
 #include "cpu/cpu_features.h"
 
@@ -92,7 +93,8 @@ static bool works() {
          __builtin_popcount(static_cast<unsigned>(two)) == 1;
 #elif defined(PROBE_avx)
   alignas(32) float out[8];
-  _mm256_store_ps(out, _mm256_mul_ps(_mm256_set1_ps(static_cast<float>(two)), _mm256_set1_ps(3.0F)));
+  _mm256_store_ps(out,
+                  _mm256_mul_ps(_mm256_set1_ps(static_cast<float>(two)), _mm256_set1_ps(3.0F)));
   return out[0] == 6.0F && out[7] == 6.0F;
 #elif defined(PROBE_f16c)
   alignas(32) float out[8];
@@ -105,7 +107,8 @@ static bool works() {
   _mm256_store_ps(out, _mm256_fmadd_ps(x, x, x));
   return out[0] == 6.0F && out[7] == 6.0F;
 #elif defined(PROBE_bmi2)
-  return _pext_u32(0xf0U, static_cast<unsigned>(two) << 4) == 1 && _bzhi_u32(7U, static_cast<unsigned>(two)) == 3;
+  return _pext_u32(0xf0U, static_cast<unsigned>(two) << 4) == 1 &&
+         _bzhi_u32(7U, static_cast<unsigned>(two)) == 3;
 #elif defined(PROBE_avx2)
   alignas(32) int out[8];
   const __m256i x = _mm256_set1_epi16(static_cast<short>(two));
@@ -115,13 +118,14 @@ static bool works() {
 #elif defined(PROBE_avx_vnni)
   alignas(32) int out[8];
   const __m256i x = _mm256_set1_epi8(static_cast<char>(two));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), x, x));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out),
+                     _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), x, x));
   return out[0] == 16 && out[7] == 16;
 #elif defined(PROBE_avx512)
   alignas(64) long long out[8];
   const __m512i x = _mm512_set1_epi64(two);
-  __m512i y = _mm512_mullo_epi64(x, x);                            // DQ: 4
-  y = _mm512_add_epi64(y, _mm512_lzcnt_epi64(x));                  // CD: 4 + 62
+  __m512i y = _mm512_mullo_epi64(x, x);                              // DQ: 4
+  y = _mm512_add_epi64(y, _mm512_lzcnt_epi64(x));                    // CD: 4 + 62
   y = _mm512_mask_add_epi8(y, static_cast<__mmask64>(~0ULL), y, x);  // BW: 68
   const __m256i half = _mm512_castsi512_si256(y);
   const __m256i low = _mm256_mask_add_epi64(half, 0xf, half, _mm256_set1_epi64x(two));  // VL: 70
@@ -139,7 +143,8 @@ static bool works() {
   return out[0] == 16 && out[15] == 16;
 #elif defined(PROBE_avx512_bf16)
   alignas(64) float out[16];
-  const __m512bh x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(static_cast<float>(two)), _mm512_set1_ps(2.0F));
+  const __m512bh x =
+      _mm512_cvtne2ps_pbh(_mm512_set1_ps(static_cast<float>(two)), _mm512_set1_ps(2.0F));
   _mm512_store_ps(out, _mm512_dpbf16_ps(_mm512_setzero_ps(), x, x));
   return out[0] == 8.0F && out[15] == 8.0F;
 #elif defined(PROBE_AMX)

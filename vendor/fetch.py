@@ -339,9 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "bump":
             lock = bump(options.version, options.commit, options.sdist)
-            print(
-                f"pinned {lock.requirement} (llama.cpp {lock.commit}); rebuild, test, commit."
-            )
+            print(f"pinned {lock.requirement} (llama.cpp {lock.commit}); rebuild, test, commit.")
             return 0
         lock = read_lock()
         if options.dir is not None:

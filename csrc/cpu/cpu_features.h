@@ -1,7 +1,8 @@
 // Which instruction sets the running CPU offers, by the names that the build uses for them.
 //
-// Used in two places: by the probes at configure time and by the check at import time, so both mean the same by a name.
-// Plain functions without standard library templates: those may be emitted by a file compiled for a newer CPU.
+// Used in two places: by the probes at configure time and by the check at import time, so both mean
+// the same by a name. Plain functions without standard library templates: those may be emitted by a
+// file compiled for a newer CPU.
 #pragma once
 
 #include <cstring>
@@ -38,7 +39,8 @@ static inline CpuidRegisters cpuid(unsigned leaf, unsigned subleaf) noexcept {
   return r;
 }
 
-/// State components that the operating system saves on a task switch (XCR0); registers it does not save fault.
+/// State components that the operating system saves on a task switch (XCR0); registers it does not
+/// save fault.
 static inline unsigned long long saved_states() noexcept {
   if (!(cpuid(1, 0).ecx & (1U << 27))) return 0;  // no XGETBV
 #if defined(_MSC_VER)
@@ -50,7 +52,8 @@ static inline unsigned long long saved_states() noexcept {
 #endif
 }
 
-/// Whether CPUID reports `name` and the operating system supports it. An unknown name is not supported.
+/// Whether CPUID reports `name` and the operating system supports it. An unknown name is not
+/// supported.
 static inline bool cpu_reports(const char* name) noexcept {
   constexpr unsigned long long kAvxState = 0x6;
   constexpr unsigned long long kAvx512State = 0xe6;

@@ -1,7 +1,8 @@
 // batchcore._cpu: refuses to import where _core would die of an illegal instruction.
 //
-// It is a module of its own because a check inside _core would come too late: when _core is loaded, static initialisers
-// run before any of its functions, and the linker may have given them code that was compiled for a newer CPU.
+// It is a module of its own because a check inside _core would come too late: when _core is loaded,
+// static initialisers run before any of its functions, and the linker may have given them code that
+// was compiled for a newer CPU.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -29,8 +30,10 @@ int execute(PyObject* module) {
     if (!usable(*feature)) {
       Py_DECREF(names);
       PyErr_Format(PyExc_ImportError,
-                   "batchcore was built for CPUs with %s, which this one does not have. Rebuild it on this machine: "
-                   "pip install --force-reinstall --no-cache-dir --no-binary batchcore batchcore (or pip install . "
+                   "batchcore was built for CPUs with %s, which this one does not have. Rebuild it "
+                   "on this machine: "
+                   "pip install --force-reinstall --no-cache-dir --no-binary batchcore batchcore "
+                   "(or pip install . "
                    "in a clone). For a build that runs on any x86-64 CPU with SSE4.2, add "
                    "-C cmake.define.BATCHCORE_PORTABLE=ON",
                    *feature);
@@ -58,8 +61,15 @@ PyModuleDef_Slot slots[] = {
 };
 
 PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_cpu", "The CPU features that batchcore was compiled for, all present on this machine.",
-    0, nullptr, slots, nullptr, nullptr, nullptr,
+    PyModuleDef_HEAD_INIT,
+    "_cpu",
+    "The CPU features that batchcore was compiled for, all present on this machine.",
+    0,
+    nullptr,
+    slots,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Whether AMX tiles can be executed. CPUID alone is not believed: some virtual machines report AMX and fault on it.
+// Whether AMX tiles can be executed. CPUID alone is not believed: some virtual machines report AMX
+// and fault on it.
 #pragma once
 
 #if defined(__linux__) && defined(__x86_64__)
@@ -13,7 +14,8 @@ namespace batchcore {
 
 #if defined(__linux__) && defined(__x86_64__)
 
-/// Executes a few tile instructions in a child process, so that a fault costs nothing but the child. About 1 ms.
+/// Executes a few tile instructions in a child process, so that a fault costs nothing but the
+/// child. About 1 ms.
 static inline bool tiles_execute() noexcept {
   const pid_t child = fork();
   if (child < 0) return true;  // cannot tell; CPUID has said yes
