@@ -1,6 +1,10 @@
 #include <pybind11/stl.h>
 
+#include <utility>
+#include <vector>
+
 #include "bindings/bindings.h"
+#include "build_config.h"
 #include "core/version.h"
 #include "llama/devices.h"
 
@@ -10,6 +14,15 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["version"] = version();
+  info["llama_cpp_version"] = kLlamaCppVersion;
+  info["llama_cpp_commit"] = kLlamaCppCommit;
+  info["compiler"] = kCompiler;
+  info["build_type"] = kBuildType;
+  py::list features;
+  for (const char* const* feature = kCpuFeatures; *feature != nullptr; ++feature) {
+    features.append(*feature);
+  }
+  info["cpu_features"] = std::move(features);
   info["backends"] = list_backends();
   return info;
 }

@@ -6,7 +6,7 @@ import typer
 
 
 def make_app() -> typer.Typer:
-    """Put the commands together. A module is one line here: a function, or a `typer.Typer` group."""
+    """Put the commands together. Each module is one line here: a function, or a `typer.Typer`."""
     from batchcore.cli import info, models  # noqa: PLC0415
 
     app = typer.Typer(
