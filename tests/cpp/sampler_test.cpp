@@ -217,6 +217,8 @@ TEST_CASE("sampler: draws follow the distribution") {
     SamplingParams params;
     params.temperature = 1.0F;
     check_distribution(params, logits);
+    params.temperature = 0.2F;
+    check_distribution(params, logits);
     params.temperature = 0.7F;
     params.top_p = 0.8F;
     check_distribution(params, logits);
