@@ -22,7 +22,10 @@ void bind_model(py::module_& m);
 /// SamplingParams, Notifier, RequestChannel and Engine.
 void bind_engine(py::module_& m);
 
-/// Batch, LowLevelContext and ResultView, for batchcore.lowlevel.
+/// Batch, for batchcore.lowlevel.
+void bind_batch(py::module_& m);
+
+/// LowLevelContext and ResultView, for batchcore.lowlevel.
 void bind_lowlevel(py::module_& m);
 
 }  // namespace batchcore::python

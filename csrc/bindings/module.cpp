@@ -6,6 +6,7 @@ PYBIND11_MODULE(_core, m) {
   batchcore::python::bind_info(m);
   batchcore::python::bind_log(m);
   batchcore::python::bind_model(m);
+  batchcore::python::bind_batch(m);
   batchcore::python::bind_lowlevel(m);
   batchcore::python::bind_engine(m);
 }

@@ -78,7 +78,7 @@ ContextParams complete(const ContextParams& wanted, const LlamaModel& model) {
   }
   ContextParams params = wanted;
   const auto max_slots = static_cast<std::int32_t>(llama_max_parallel_sequences());
-  require_range("num_slots", params.num_slots, 1, max_slots);
+  require_range("the number of sequences", params.num_slots, 1, max_slots);
   require_range("n_ubatch", params.n_ubatch, 1, 1 << 20);
   require_range("n_threads", params.n_threads, 0, GGML_MAX_N_THREADS);
   require_range("n_threads_batch", params.n_threads_batch, 0, GGML_MAX_N_THREADS);
@@ -86,18 +86,19 @@ ContextParams complete(const ContextParams& wanted, const LlamaModel& model) {
   require_range("n_ctx", params.n_ctx, 0, INT_MAX / 2);
   if (params.n_ctx == 0) params.n_ctx = model.n_ctx_train();
   if (params.n_ctx <= 0) throw ConfigError("the model does not say its context size: set n_ctx");
+  if (params.n_batch == 0) params.n_batch = params.n_ubatch;
+  require_range("n_batch", params.n_batch, params.n_ubatch, 1 << 24);
   // split_equal() of llama.cpp lets one sequence more than n_ubatch into a micro-batch.
   if (params.num_slots > std::min(params.n_ubatch, params.n_ctx)) {
-    throw ConfigError("num_slots (" + std::to_string(params.num_slots) +
-                      ") must not exceed n_ubatch and n_ctx: each slot decodes a token per step");
+    throw ConfigError("the number of sequences (" + std::to_string(params.num_slots) +
+                      ") must not exceed n_ubatch and n_ctx: each decodes a token per step");
   }
+  // output_reserve() of llama.cpp asserts both ends. Encoders and embeddings output every token.
   if (params.max_outputs == 0) params.max_outputs = params.num_slots;
-  // output_reserve() of llama.cpp asserts both ends.
-  if (params.max_outputs < params.num_slots) {
-    throw ConfigError("max_outputs must be at least num_slots");
+  if (params.embeddings || model.memory_kind() == MemoryKind::kNone || model.has_encoder()) {
+    params.max_outputs = params.n_batch;
   }
-  params.max_outputs = std::min(params.max_outputs, std::max(params.n_ubatch, params.num_slots));
-  if (params.embeddings) params.max_outputs = params.n_ubatch;
+  require_range("max_outputs", params.max_outputs, params.num_slots, params.n_batch);
   if (params.n_threads == 0) params.n_threads = std::min(usable_cores(), GGML_MAX_N_THREADS);
   if (params.n_threads_batch == 0) params.n_threads_batch = params.n_threads;
   return params;
@@ -118,14 +119,14 @@ Context::Context(std::shared_ptr<const LlamaModel> model, const ContextParams& p
     create(params_);
     attach_threads();
   } catch (...) {
-    release();
+    close();
     throw;
   }
 }
 
-Context::~Context() { release(); }
+Context::~Context() { close(); }
 
-void Context::release() {
+void Context::close() {
   // The context waits for its last graph, which still runs on the threads.
   if (context_ != nullptr) llama_free(context_);
   if (threads_ != nullptr) ggml_threadpool_free(threads_);
@@ -136,7 +137,7 @@ void Context::release() {
 void Context::create(const ContextParams& wanted) {
   llama_context_params raw = llama_context_default_params();
   raw.n_ctx = static_cast<std::uint32_t>(wanted.n_ctx);
-  raw.n_batch = static_cast<std::uint32_t>(wanted.n_ubatch);
+  raw.n_batch = static_cast<std::uint32_t>(wanted.n_batch);
   raw.n_ubatch = static_cast<std::uint32_t>(wanted.n_ubatch);
   raw.n_seq_max = static_cast<std::uint32_t>(wanted.num_slots);
   raw.n_outputs_max = static_cast<std::uint32_t>(wanted.max_outputs);
@@ -182,9 +183,8 @@ void Context::create(const ContextParams& wanted) {
   params_.n_ubatch = static_cast<std::int32_t>(llama_n_ubatch(context_));
   cells_per_slot_ = static_cast<std::int32_t>(llama_n_ctx_seq(context_));
   has_memory_ = llama_get_memory(context_) != nullptr;
-  // llama.cpp resets this for models with an encoder.
-  if (model_->has_encoder()) params_.max_outputs = params_.n_ubatch;
-  params_.max_outputs = std::min(params_.max_outputs, params_.n_ubatch);
+  params_.n_batch = static_cast<std::int32_t>(llama_n_batch(context_));
+  params_.max_outputs = std::min(params_.max_outputs, params_.n_batch);
   if (model_->n_ctx_train() > 0 && cells_per_slot_ > model_->n_ctx_train()) {
     warnings_.push_back("a sequence may grow to " + std::to_string(cells_per_slot_) +
                         " tokens, but the model was trained with " +

@@ -26,7 +26,8 @@ enum class Pooling { kModel, kNone, kMean, kCls, kLast, kRank };
 struct ContextParams {
   std::int32_t n_ctx = 0;            ///< KV cells in all, 0 = what the model was trained with
   std::int32_t num_slots = 1;        ///< sequences at a time (n_seq_max)
-  std::int32_t n_ubatch = 512;       ///< tokens per decode call; n_batch is the same
+  std::int32_t n_ubatch = 512;       ///< tokens that llama.cpp computes at once
+  std::int32_t n_batch = 0;          ///< tokens per decode call, 0 = n_ubatch
   std::int32_t max_outputs = 0;      ///< rows with logits per call, 0 = num_slots
   std::int32_t n_threads = 0;        ///< for one token, 0 = usable cores
   std::int32_t n_threads_batch = 0;  ///< for more than one token, 0 = n_threads
@@ -60,6 +61,10 @@ class Context {
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
+  /// Frees llama.cpp's part at once; only the plain values below remain usable. Idempotent.
+  void close();
+
+  /// Null once closed.
   [[nodiscard]] llama_context* get() const { return context_; }
   [[nodiscard]] const LlamaModel& model() const { return *model_; }
 
@@ -85,7 +90,6 @@ class Context {
  private:
   void create(const ContextParams& wanted);
   void attach_threads();
-  void release();
 
   std::shared_ptr<const LlamaModel> model_;
   ContextParams params_;

@@ -19,6 +19,13 @@ std::shared_ptr<const LlamaModel> require_generation(std::shared_ptr<const Llama
   return model;
 }
 
+// Several micro-batches in one call would only hide the first one's results until the last is done.
+ContextParams one_micro_batch_per_call(ContextParams params) {
+  params.n_batch = params.n_ubatch;
+  params.embeddings = false;
+  return params;
+}
+
 }  // namespace
 
 void LlamaBackend::BatchDeleter::operator()(llama_batch_ext* batch) const {
@@ -26,7 +33,7 @@ void LlamaBackend::BatchDeleter::operator()(llama_batch_ext* batch) const {
 }
 
 LlamaBackend::LlamaBackend(std::shared_ptr<const LlamaModel> model, const ContextParams& params)
-    : context_(require_generation(std::move(model)), params),
+    : context_(require_generation(std::move(model)), one_micro_batch_per_call(params)),
       memory_(llama_get_memory(context_.get())),
       batch_(llama_batch_ext_init(context_.get())) {
   if (memory_ == nullptr) {

@@ -8,6 +8,8 @@ _Integers: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 _Flags: TypeAlias = Sequence[bool] | npt.NDArray[np.bool_]
 _SeqIds: TypeAlias = _Integers | Sequence[Sequence[int]]
 
+class _pybind11_type(type): ...  # noqa: N801 - pybind11's own name
+
 __version__: str
 
 class _BuildInfo(TypedDict):
@@ -47,7 +49,7 @@ class _SpecialTokens(TypedDict):
     add_bos: bool
     add_eos: bool
 
-class Model:
+class Model(metaclass=_pybind11_type):
     def __init__(
         self,
         path: str,
@@ -116,31 +118,16 @@ class Model:
     def detokenize(self, tokens: Sequence[int], skip_special: bool) -> bytes: ...
     def token_piece(self, token: int, special: bool) -> bytes: ...
 
-class Batch:
-    """Tokens for one decode or encode call."""
-
+class Batch(metaclass=_pybind11_type):
     def __init__(self) -> None: ...
     @staticmethod
     def from_arrays(
         tokens: _Integers, pos: _Integers, seq_ids: _SeqIds, logits: _Flags | None = None
-    ) -> Batch:
-        """Make a batch of equally long arrays.
-
-        Args:
-            tokens: The tokens.
-            pos: Their positions, from 0, without gaps in a sequence.
-            seq_ids: The sequence of each token; or lists of several, which need a unified layout.
-            logits: Which tokens ask for an output; None means the last one only.
-        """
-
-    def add(self, token: int, pos: int, seq_ids: Sequence[int], logits: bool = False) -> None:
-        """Append one token."""
-
+    ) -> Batch: ...
+    def add(self, token: int, pos: int, seq_ids: Sequence[int], logits: bool = False) -> None: ...
     def extend(
         self, tokens: _Integers, pos: _Integers, seq_ids: _SeqIds, logits: _Flags | None = None
-    ) -> None:
-        """Append arrays as `from_arrays` takes them."""
-
+    ) -> None: ...
     def clear(self) -> None: ...
     def __len__(self) -> int: ...
     @property
@@ -152,14 +139,8 @@ class Batch:
     @property
     def logits(self) -> list[bool]: ...
 
-class ResultView:
-    """Rows of llama.cpp's output buffer, readable until the context computes again.
-
-    `numpy.asarray(view)` is a read-only array without a copy; as long as it lives, the context
-    refuses to decode (ViewInUseError). A view that is read after the next decode raises
-    StaleViewError.
-    """
-
+class ResultView(metaclass=_pybind11_type):
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]: ...
@@ -167,17 +148,12 @@ class ResultView:
     def __len__(self) -> int: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
-    def argmax(self) -> Any:
-        """Index of the largest value: an int of one row, an array of several."""
+    def argmax(self) -> Any: ...
+    def copy(self) -> npt.NDArray[np.float32]: ...
 
-    def copy(self) -> npt.NDArray[np.float32]:
-        """An array of its own, to keep."""
-
-class LowLevelContext:
+class LowLevelContext(metaclass=_pybind11_type):
     def __init__(self, model: Model, options: dict[str, Any]) -> None: ...
-    def close(self) -> None:
-        """Free everything. Refused while arrays over the last result live."""
-
+    def close(self) -> None: ...
     @property
     def closed(self) -> bool: ...
     @property
@@ -200,86 +176,35 @@ class LowLevelContext:
     def warnings(self) -> list[str]: ...
     @property
     def num_graphs_reused(self) -> int: ...
-    def memory_usage(self) -> dict[str, int]:
-        """Bytes over all devices: `model_bytes`, `context_bytes`, `compute_bytes`."""
+    def memory_usage(self) -> dict[str, int]: ...
+    def decode(self, batch: Batch) -> None: ...
+    def encode(self, batch: Batch) -> None: ...
+    def interrupt(self) -> None: ...
+    def logits(self, index: int = -1) -> ResultView: ...
+    def logits_all(self) -> ResultView: ...
+    def embeddings(self, index: int = -1) -> ResultView: ...
+    def embeddings_all(self) -> ResultView: ...
+    def embeddings_seq(self, seq_id: int) -> ResultView: ...
+    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> bool: ...
+    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None: ...
+    def seq_keep(self, seq_id: int) -> None: ...
+    def seq_pos_min(self, seq_id: int) -> int: ...
+    def seq_pos_max(self, seq_id: int) -> int: ...
+    def clear(self) -> None: ...
+    def state_save(self, seq_id: int) -> bytes: ...
+    def state_restore(self, seq_id: int, state: bytes) -> None: ...
 
-    def decode(self, batch: Batch) -> None:
-        """Compute a batch and keep its tokens in memory.
-
-        Raises:
-            InvalidRequestError: llama.cpp can't take the batch.
-            ViewInUseError: An array over the last result is alive.
-            DecodeError: llama.cpp failed; `status` is what it returned.
-        """
-
-    def encode(self, batch: Batch) -> None:
-        """Compute a batch with an encoder. Raises what `decode` does."""
-
-    def interrupt(self) -> None:
-        """Make the running decode, or else the next one, fail with status 2. Any thread."""
-
-    def logits(self, index: int = -1) -> ResultView:
-        """Logits of one token of the last batch; negative counts from its end."""
-
-    def logits_all(self) -> ResultView:
-        """Logits of all tokens that asked for them, in the order of the batch."""
-
-    def embeddings(self, index: int = -1) -> ResultView:
-        """Embedding of one token, where nothing is pooled."""
-
-    def embeddings_all(self) -> ResultView:
-        """Embeddings of all tokens of the last batch, where nothing is pooled."""
-
-    def embeddings_seq(self, seq_id: int) -> ResultView:
-        """Pooled embedding of a sequence of the last batch."""
-
-    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> bool:
-        """Forget positions [p0, p1); negative means from the start or to the end.
-
-        Returns False where this memory can't forget a part (recurrent models).
-        """
-
-    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
-        """Make the empty sequence `dst` hold positions [p0, p1) of `src`.
-
-        A unified layout shares the cells; between streams only whole sequences can be copied, which
-        happens at the next decode.
-        """
-
-    def seq_keep(self, seq_id: int) -> None:
-        """Forget all other sequences."""
-
-    def seq_pos_min(self, seq_id: int) -> int:
-        """First position that is held, -1 where there is none."""
-
-    def seq_pos_max(self, seq_id: int) -> int:
-        """Last position that is held, -1 where there is none."""
-
-    def clear(self) -> None:
-        """Forget everything."""
-
-    def state_save(self, seq_id: int) -> bytes:
-        """The state of a sequence, for `state_restore` into any sequence of an equal context."""
-
-    def state_restore(self, seq_id: int, state: bytes) -> None:
-        """Replace a sequence by a saved one.
-
-        Raises:
-            InvalidRequestError: The bytes are damaged or not of an equal context.
-            EngineError: llama.cpp can't restore it, e.g. because no cells are free.
-        """
-
-class SamplingParams:
+class SamplingParams(metaclass=_pybind11_type):
     def __init__(self, values: dict[str, Any]) -> None: ...
 
-class Notifier:
+class Notifier(metaclass=_pybind11_type):
     def __init__(self) -> None: ...
     @property
     def fd(self) -> int: ...
     def take(self) -> list[int]: ...
 
-_Logprob = tuple[int, float]
-_Delta = tuple[
+_Logprob: TypeAlias = tuple[int, float]
+_Delta: TypeAlias = tuple[
     int,
     str,
     list[int],
@@ -287,9 +212,10 @@ _Delta = tuple[
     Literal["stop", "length", "cancelled", "timeout", "error"] | None,
     int | str | None,
 ]
-_Metrics = tuple[float, float, float, float, int, int]
+_Metrics: TypeAlias = tuple[float, float, float, float, int, int]
 
-class RequestChannel:
+class RequestChannel(metaclass=_pybind11_type):
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     @property
     def id(self) -> int: ...
     @property
@@ -297,7 +223,7 @@ class RequestChannel:
     def take(self) -> tuple[list[_Delta], bool, BaseException | None, _Metrics] | None: ...
     def wait(self, timeout_s: float) -> bool: ...
 
-class Engine:
+class Engine(metaclass=_pybind11_type):
     def __init__(self, model: Model, context: dict[str, Any], engine: dict[str, Any]) -> None: ...
     def start(self) -> None: ...
     def submit(
