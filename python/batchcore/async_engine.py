@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator
 
+    from typing_extensions import Self
+
     from batchcore.engine import EngineStats, Prompt
     from batchcore.model import Model
     from batchcore.outputs import RequestOutput, StreamDelta
@@ -50,7 +52,7 @@ class AsyncEngine:
             weakref.WeakValueDictionary()
         )
 
-    async def __aenter__(self) -> AsyncEngine:
+    async def __aenter__(self) -> Self:
         """Load the model without blocking the event loop."""
         await self.start()
         return self
@@ -82,22 +84,22 @@ class AsyncEngine:
         elif self._loop is not loop:
             raise EngineError("this engine belongs to another event loop")
         if self._engine is None:
-            if self._starting is None:
-                self._starting = asyncio.ensure_future(
-                    asyncio.to_thread(Engine, self._source, **self._options)  # type: ignore[arg-type]
-                )
+            starting = self._starting or asyncio.ensure_future(
+                asyncio.to_thread(Engine, self._source, **self._options)  # type: ignore[arg-type]
+            )
+            self._starting = starting
             try:
                 # Shielded: one impatient caller must not cancel the load for the others.
-                self._engine = await asyncio.shield(self._starting)
+                self._engine = await asyncio.shield(starting)
             finally:
-                if self._starting is not None and self._starting.done():
+                if starting.done():
                     self._starting = None
         if self._notifier is None:
             self._notifier = _core.Notifier()
             loop.add_reader(self._notifier.fd, self._dispatch)
 
     def _dispatch(self) -> None:
-        assert self._notifier is not None  # noqa: S101 (it is what has called)
+        assert self._notifier is not None
         for request_id in self._notifier.take():
             handle = self._handles.get(request_id)
             if handle is not None:
@@ -109,7 +111,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        timeout: float | None = None,  # noqa: ASYNC109 (the engine keeps it, in C++)
+        timeout: float | None = None,
     ) -> RequestOutput:
         """Complete one prompt; cancelling the task cancels the request.
 
@@ -124,7 +126,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        timeout: float | None = None,  # noqa: ASYNC109 (the engine keeps it, in C++)
+        timeout: float | None = None,
     ) -> AsyncIterator[StreamDelta]:
         """Complete one prompt and yield text and tokens as they come.
 
@@ -144,7 +146,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        timeout: float | None = None,  # noqa: ASYNC109 (the engine keeps it, in C++)
+        timeout: float | None = None,
     ) -> AsyncRequestHandle:
         """Queue one prompt and return its handle, to await or to iterate.
 
@@ -157,7 +159,7 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None,
         priority: int,
-        timeout: float | None,  # noqa: ASYNC109
+        timeout: float | None,
         *,
         streams: bool,
     ) -> AsyncRequestHandle:

@@ -18,6 +18,8 @@ from batchcore.params import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from typing_extensions import Self
+
     from batchcore.outputs import RequestOutput, StreamDelta
 
     Prompt = str | Sequence[int]
@@ -204,7 +206,7 @@ class Engine:
         """The model and the size of the engine."""
         return f"Engine({self.model.path!r}, max_num_seqs={self.max_num_seqs}, n_ctx={self.n_ctx})"
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         """Nothing to do: the engine runs since it was made."""
         return self
 
@@ -375,7 +377,8 @@ def submit_to(
 ) -> HandleT:
     """Queue a request and wrap its channel in a handle of `kind`."""
     params = params or SamplingParams()
-    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+    rank: object = priority
+    if not isinstance(rank, int) or not -(2**31) <= rank < 2**31:
         raise InvalidRequestError(f"priority must be a 32-bit integer, not {priority!r}")
     if timeout is not None and not timeout > 0:
         raise InvalidRequestError(f"timeout must be above 0 seconds, not {timeout}")

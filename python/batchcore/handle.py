@@ -101,7 +101,7 @@ class _Handle:
         completion = self._output.outputs[index]
         if self._with_logprobs:
             positions = [TokenLogprobs(token, value, top) for (token, value), top in logprobs]
-            assert completion.logprobs is not None  # noqa: S101 (made so in __init__)
+            assert completion.logprobs is not None
             completion.logprobs += positions
         completion.text += text
         completion.token_ids += token_ids

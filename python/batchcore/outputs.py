@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities (natural logarithm) at one generated position, before any sampling option."""
+    """Log-probabilities at one generated position, natural, before any option."""
 
     token: int
     """The token that was chosen."""

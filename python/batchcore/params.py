@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchcore import _core
 from batchcore.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["SamplingParams"]
 
@@ -76,11 +78,12 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"min_tokens = {self.min_tokens} is more than max_tokens = {self.max_tokens}"
             )
-        if not all(isinstance(text, str) and text for text in stop):
+        texts: tuple[object, ...] = stop
+        if not all(isinstance(text, str) and text for text in texts):
             raise InvalidRequestError("stop must be non-empty strings")
 
     def _check_integers(self) -> None:
-        for name, value, low, high in (
+        rows: tuple[tuple[str, object, int, int], ...] = (
             ("max_tokens", self.max_tokens, 1, _MAX_INT32),
             ("min_tokens", self.min_tokens, 0, _MAX_INT32),
             ("top_k", self.top_k, 0, _MAX_INT32),
@@ -89,7 +92,8 @@ class SamplingParams:
             ("logprobs", 0 if self.logprobs is None else self.logprobs, 0, _MAX_INT32),
             *(("stop_token_ids", token, 0, _MAX_INT32) for token in self.stop_token_ids),
             *(("logit_bias", token, 0, _MAX_INT32) for token in self.logit_bias),
-        ):
+        )
+        for name, value, low, high in rows:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise InvalidRequestError(f"{name} must be an integer, not {value!r}")
             if not low <= value <= high:

@@ -7,7 +7,7 @@ import typer
 
 def make_app() -> typer.Typer:
     """Put the commands together. Each module is one line here: a function, or a `typer.Typer`."""
-    from batchcore.cli import info, models  # noqa: PLC0415
+    from batchcore.cli import demo, generate, info, models  # noqa: PLC0415
 
     app = typer.Typer(
         name="batchcore",
@@ -17,6 +17,8 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(lambda: None)  # keeps sub-commands even while there is only one
+    app.command()(demo.demo)
+    app.command()(generate.generate)
     app.command()(info.info)
     app.add_typer(models.app, name="models")
     return app
