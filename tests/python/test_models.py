@@ -662,7 +662,7 @@ def test_cli_says_what_is_missing(fake_pip: FakePip) -> None:
     assert (code, out) == (1, "")
     assert "batchcore models pull toy-model" in err
     code, out, err = run_cli("pull", "toy-modle")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "did you mean 'toy-model'" in err
 
 

@@ -7,19 +7,15 @@ from typing import Annotated
 import typer
 
 from batchcore import models
-from batchcore.errors import ModelLoadError
+from batchcore.cli.errors import reported
 
 app = typer.Typer(help="List and pull models.", no_args_is_help=True)
 
 _Name = Annotated[str, typer.Argument(help="Name of a preset.", show_default=False)]
 
 
-def _fail(error: ModelLoadError) -> typer.Exit:
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(1)
-
-
 @app.command("list")
+@reported()
 def list_() -> None:
     """Show the presets, and which of them are in the cache."""
     from rich import box  # noqa: PLC0415
@@ -37,6 +33,7 @@ def list_() -> None:
 
 
 @app.command()
+@reported()
 def pull(
     name: _Name = models.DEFAULT_PRESET,
     *,
@@ -46,20 +43,14 @@ def pull(
     ] = False,
 ) -> None:
     """Download a preset into the cache, and print its path."""
-    try:
-        path = models.pull(name, progress=not quiet, verify=verify)
-    except ModelLoadError as error:
-        raise _fail(error) from None
-    typer.echo(path)
+    typer.echo(models.pull(name, progress=not quiet, verify=verify))
 
 
 @app.command()
+@reported()
 def path(name: _Name = models.DEFAULT_PRESET) -> None:
     """Print where a preset is in the cache; exit status 1 if it has not been pulled."""
-    try:
-        found = models.path(name)
-    except ModelLoadError as error:
-        raise _fail(error) from None
+    found = models.path(name)
     if found is None:
         typer.echo(f"{name} has not been pulled: batchcore models pull {name}", err=True)
         raise typer.Exit(1)
