@@ -18,6 +18,7 @@
 // NaN counts as minus infinity, plus infinity as the largest float.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
