@@ -173,9 +173,11 @@ class Planner {
 
   [[nodiscard]] std::int32_t expected_tokens(const Sequence& sequence) const {
     if (sequence.num_preemptions >= config_.max_preemptions) return sequence.max_tokens_total;
+    const std::int32_t fair_share = state_.info.num_cells / config_.max_num_seqs;
     return sequence.num_prompt_tokens +
            state_.history.expected(sequence.num_generated(),
-                                   sequence.max_tokens_total - sequence.num_prompt_tokens);
+                                   sequence.max_tokens_total - sequence.num_prompt_tokens,
+                                   fair_share);
   }
 
   // Past-Future admission (arXiv 2507.10150): with the sequences sorted by what they still have to

@@ -200,9 +200,10 @@ class AsyncEngine:
                 handle.cancel()
             await asyncio.to_thread(_wait_for, open_handles)
         if self._notifier is not None and self._loop is not None:
-            self._dispatch()  # the news that came with closing
             self._loop.remove_reader(self._notifier.fd)
             self._notifier = None
+            for handle in open_handles:
+                handle._wake()  # for the news that came with closing
 
 
 def _wait_for(handles: list[AsyncRequestHandle]) -> None:

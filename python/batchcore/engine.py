@@ -153,6 +153,8 @@ class Engine:
         _check_positive(max_num_seqs=max_num_seqs, n_ctx=n_ctx, n_ubatch=n_ubatch)
         _check_positive(max_queued_requests=max_queued_requests)
         _check_positive(max_queued_tokens=max_queued_tokens)
+        if max_num_seqs > _MAX_SLOTS:
+            raise ConfigError(f"max_num_seqs must be at most {_MAX_SLOTS}, not {max_num_seqs}")
         if n_threads is not None:
             _check_positive(n_threads=n_threads)
         if target_itl_ms is not None and not 0 < target_itl_ms < float("inf"):
@@ -421,7 +423,7 @@ def _num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool) -> int:
     `streams` each would take its part of the cells away from the running ones.
     """
     if kv_layout == "unified" and prefix_caching:
-        return min(2 * max_num_seqs, max(_MAX_SLOTS, max_num_seqs))
+        return min(2 * max_num_seqs, _MAX_SLOTS)
     return max_num_seqs
 
 

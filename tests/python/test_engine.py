@@ -99,16 +99,19 @@ def test_stream_gives_what_generate_gives(engine):
 
 
 def test_a_seed_fixes_the_output_whatever_runs_beside_it(engine):
-    params = bc.SamplingParams(max_tokens=16, seed=42, temperature=1.0, top_k=40, top_p=0.95)
-    alone = engine.generate("Tell me a story.", params)[0].outputs[0].token_ids
+    params = bc.SamplingParams(max_tokens=16, seed=42, top_k=40, logprobs=3, ignore_eos=True)
+    alone = engine.generate("Tell me a story.", params)[0].outputs[0]
     beside = [engine.submit(f"Number {i}", BUSY) for i in range(6)]
-    together = engine.generate("Tell me a story.", params)[0].outputs[0].token_ids
-    # Kernels of other batch sizes round differently, so a draw on the edge may fall elsewhere.
-    same = sum(a == b for a, b in zip(alone, together, strict=True))
-    assert together[:4] == alone[:4]
-    assert same >= 4
+    together = engine.generate("Tell me a story.", params)[0].outputs[0]
     for handle in beside:
         handle.cancel()
+    for one, other in zip(alone.logprobs, together.logprobs, strict=True):
+        # Kernels of other batch sizes may round differently: the same candidates, a hair apart.
+        for (_, left), (_, right) in zip(one.top, other.top, strict=True):
+            assert left == pytest.approx(right, abs=0.2)
+        if one.token != other.token:
+            assert one.top != other.top, "same probabilities, same seed, another token"
+            break
     unseeded = [engine.generate("Tell me a story.", bc.SamplingParams())[0].text for _ in range(4)]
     assert len(set(unseeded)) > 1
 
@@ -216,7 +219,7 @@ def test_timeout(engine):
             engine.generate("x", timeout=bad)
 
 
-@pytest.mark.parametrize("prompt", ["", [], [10**6], [-1], 7, None, object(), ["a", 3.5j]])
+@pytest.mark.parametrize("prompt", ["", [], [10**6], [-1], None, object(), ["a", 3.5j]])
 def test_bad_prompts_are_refused(engine, prompt):
     with pytest.raises((InvalidRequestError, TypeError)):
         engine.generate([prompt], GREEDY)
