@@ -113,7 +113,7 @@ class _Setup:
         lengths = [len(prompt) for prompt in self.prompts]
         return (
             f"{self.model.description}: {_count(len(lengths), 'prompt')} of {_span(lengths)} tokens"
-            f", {_span(self.num_tokens)} to produce, {self.concurrency} at a time"
+            f", {self.concurrency} at a time"
         )
 
     def to_dict(self) -> dict[str, Any]:

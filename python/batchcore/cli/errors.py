@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -39,8 +39,7 @@ def reported() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more at its exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         raise typer.Exit(_PIPE_CLOSED) from None
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
@@ -48,11 +47,22 @@ def reported() -> Iterator[None]:
     except BatchcoreError as error:
         typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(_status_of(error)) from None
+    except OSError as error:  # a full disk, say; behind RequestTimeoutError, which is one too
+        typer.echo(f"error: {error}", err=True)
+        _drop_stdout()
+        raise typer.Exit(_FAILED) from None
 
 
 def one_line(error: BatchcoreError) -> str:
     """The message of an error without line ends."""
     return " ".join(str(error).split())
+
+
+def _drop_stdout() -> None:
+    """The interpreter flushes stdout once more at its exit, which must not fail again."""
+    with suppress(OSError, ValueError):  # not a real file, e.g. in tests
+        stdout = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
 
 
 def _status_of(error: BatchcoreError) -> int:

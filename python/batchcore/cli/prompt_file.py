@@ -132,5 +132,7 @@ def _make_params(values: dict[str, Any], where: str) -> SamplingParams:
             bias = {int(token): value for token, value in values["logit_bias"].items()}
             values["logit_bias"] = bias
         return SamplingParams(**values)
-    except (InvalidRequestError, TypeError, ValueError) as error:
+    except TypeError as error:
+        raise InvalidRequestError(f"{where}: a value of the wrong type: {error}") from error
+    except ValueError as error:  # InvalidRequestError is one
         raise InvalidRequestError(f"{where}: {error}") from error
