@@ -21,7 +21,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 MODES = ["sequential", "static", "continuous"]
-SMALL = ("--num-prompts", "4", "--max-tokens", "8", "--concurrency", "2")
+# One thread: several would wait for each other where the machine has other things to do too.
+SMALL = ("--num-prompts", "4", "--max-tokens", "8", "--concurrency", "2", "--n-threads", "1")
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_json_says_what_was_measured_and_where(whole):
     assert report["model"]["sha256"] == find_preset("smollm2-135m").sha256
     settings = report["settings"]
     assert settings["max_tokens"] == runners.spread_max_tokens(8, 4)
-    assert (settings["num_prompts"], settings["concurrency"]) == (4, 2)
+    assert (settings["num_prompts"], settings["concurrency"], settings["n_threads"]) == (4, 2, 1)
     assert [one["mode"] for one in report["runs"]] == MODES
 
 
@@ -118,7 +119,7 @@ def test_lines_and_a_table_where_there_is_no_terminal(whole):
 
 
 def test_quiet_prints_only_the_table(run):
-    result = run("--quiet", "--max-tokens", "1")
+    result = run("--quiet", "--num-prompts", "1", "--max-tokens", "1")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "#1" not in result.stdout
     assert "speed-up" in result.stdout
@@ -163,7 +164,7 @@ def test_falls_back_when_the_default_model_cannot_be_pulled(smollm2, monkeypatch
         return smollm2
 
     monkeypatch.setattr("batchcore.model.Model", load)
-    args = ["demo", "--num-prompts", "1", "--max-tokens", "1", "-q"]
+    args = ["demo", *SMALL, "--num-prompts", "1", "--max-tokens", "1", "-q"]
     result = CliRunner().invoke(make_app(), args)
     assert result.exit_code == 0
     assert asked == ["gemma3-270m", "smollm2-135m"]

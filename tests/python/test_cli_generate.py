@@ -25,7 +25,7 @@ def run(smollm2, monkeypatch):
     monkeypatch.setattr("batchcore.model.Model", lambda name, **_: smollm2)
 
     def invoke(*args, stdin=None):
-        result = CliRunner().invoke(make_app(), ["generate", *args], input=stdin)
+        result = CliRunner().invoke(make_app(), ["generate", *ONE_THREAD, *args], input=stdin)
         assert result.exception is None or isinstance(result.exception, SystemExit)
         return result
 
@@ -37,11 +37,13 @@ def rows(text):
 
 
 GREEDY = ("--temperature", "0", "--max-tokens", "4", "--n-ctx", "1024")
+# Several would wait for each other where the machine has other things to do too.
+ONE_THREAD = ("--n-threads", "1")
 
 
 def test_one_prompt_gives_its_text_only(run, smollm2):
     result = run("-p", SKY, *GREEDY)
-    with bc.Engine(smollm2, n_ctx=1024) as engine:
+    with bc.Engine(smollm2, n_ctx=1024, n_threads=1) as engine:
         expected = engine.generate(SKY, bc.SamplingParams(max_tokens=4, temperature=0))[0].text
     assert (result.exit_code, result.stdout, result.stderr) == (0, expected + "\n", "")
 
@@ -155,7 +157,7 @@ def test_a_terminal_sees_the_text_as_it_comes(smollm2, monkeypatch):
     stdout.flushes = []
     monkeypatch.setattr("batchcore.model.Model", lambda name, **_: smollm2)
     monkeypatch.setattr(generate_module.sys, "stdout", stdout)
-    generate_module.generate(prompt=[SKY], temperature=0.0, max_tokens=5, n_ctx=1024)
+    generate_module.generate(prompt=[SKY], temperature=0.0, max_tokens=5, n_ctx=1024, n_threads=1)
     assert len(set(stdout.flushes)) >= 5
     assert stdout.getvalue().endswith("\n")
 
@@ -210,7 +212,7 @@ def test_missing_model(tmp_path):
 def test_reader_that_leaves_is_no_error(smollm2_path):
     command = [sys.executable, "-m", "batchcore", "generate", "-m", str(smollm2_path), "-f", "-"]
     with subprocess.Popen(
-        [*command, "--max-tokens", "1"],
+        [*command, *ONE_THREAD, "--max-tokens", "1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -24,14 +24,23 @@ from batchcore.errors import ConfigError, InvalidRequestError
 from hypothesis import given
 from hypothesis import strategies as st
 
-TEXTS = ["The sky is", "One, two, three,", "Bread is made of", "def add(a, b):", "In winter"]
+# The first token of each is a clear choice, twice as likely as any other or more.
+TEXTS = [
+    "The sky is",
+    "One, two, three,",
+    "The capital of France is",
+    "import numpy as",
+    "In winter",
+]
 COUNTS = [6, 2, 4, 3, 5]
 PARAMS = [bc.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in COUNTS]
 
 
 @pytest.fixture(scope="module")
 def engine(smollm2):
-    with bc.Engine(smollm2, max_num_seqs=2, n_ctx=512, prefix_caching=False) as engine:
+    # One thread: several would wait for each other where the machine has other things to do too.
+    options = {"max_num_seqs": 2, "n_ctx": 512, "n_threads": 1, "prefix_caching": False}
+    with bc.Engine(smollm2, **options) as engine:
         warm_up(engine, TEXTS)
         yield engine
 

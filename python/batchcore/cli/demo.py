@@ -52,6 +52,9 @@ def demo(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Prompts that run at the same time, batched.")
     ] = 16,
+    n_threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="one per usable core")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write all results here.")
     ] = None,
@@ -67,7 +70,7 @@ def demo(
     console = Console(highlight=False)
     loaded = _load(model, quiet=quiet)
     texts = list(itertools.islice(itertools.cycle(bundled.load()), num_prompts))
-    setup = _Setup(loaded, texts, max_tokens, min(concurrency, num_prompts))
+    setup = _Setup(loaded, texts, max_tokens, min(concurrency, num_prompts), n_threads)
     if not quiet:
         console.print(setup.summary(), soft_wrap=True)
     results = _run_all(setup, console, quiet=quiet)
@@ -81,13 +84,21 @@ def demo(
 class _Setup:
     """What all three runs have in common."""
 
-    def __init__(self, model: Model, texts: list[str], max_tokens: int, concurrency: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        texts: list[str],
+        max_tokens: int,
+        concurrency: int,
+        n_threads: int | None,
+    ) -> None:
         from batchcore.bench.runners import spread_max_tokens  # noqa: PLC0415
         from batchcore.params import SamplingParams  # noqa: PLC0415
 
         self.model = model
         self.prompts = [model.tokenize_prompt(text) for text in texts]
         self.concurrency = concurrency
+        self.n_threads = n_threads
         # Of different lengths, since that is where static and continuous batching part; and always
         # the same for a prompt, so that the three runs have the same work.
         self.num_tokens = spread_max_tokens(max_tokens, len(texts))
@@ -106,7 +117,11 @@ class _Setup:
 
         # Without the prefix cache, or the second run would find the prompts of the first in it.
         return Engine(
-            self.model, max_num_seqs=self.concurrency, n_ctx=self.n_ctx, prefix_caching=False
+            self.model,
+            max_num_seqs=self.concurrency,
+            n_ctx=self.n_ctx,
+            n_threads=self.n_threads,
+            prefix_caching=False,
         )
 
     def summary(self) -> str:
@@ -122,6 +137,7 @@ class _Setup:
             "max_tokens": self.num_tokens,
             "concurrency": self.concurrency,
             "n_ctx": self.n_ctx,
+            "n_threads": self.n_threads,
             "prefix_caching": False,
             "temperature": 0,
             "ignore_eos": True,

@@ -73,6 +73,9 @@ def generate(
     ] = False,
     concurrency: Annotated[int, typer.Option(help="Completions that run at the same time.")] = 16,
     n_ctx: Annotated[int, typer.Option(help="KV cells, shared by all that run.")] = 8192,
+    n_threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="one per usable core")
+    ] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Write JSONL to stdout.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSONL here.")
@@ -106,7 +109,9 @@ def generate(
         else:
             write = _text_writer(sys.stdout, len(items))
         loaded = Model(model, progress=progress)
-        engine = stack.enter_context(Engine(loaded, max_num_seqs=concurrency, n_ctx=n_ctx))
+        engine = stack.enter_context(
+            Engine(loaded, max_num_seqs=concurrency, n_ctx=n_ctx, n_threads=n_threads)
+        )
         if chat:
             items = [_as_chat(loaded, item) for item in items]
         to_person = output is None and not jsonl and sys.stdout.isatty()
