@@ -61,6 +61,7 @@ EngineConfig engine_config(const py::dict& options) {
   config.scheduler.prefix_caching = get("prefix_caching").cast<bool>();
   config.max_queued_requests = get("max_queued_requests").cast<std::int64_t>();
   config.max_queued_tokens = get("max_queued_tokens").cast<std::int64_t>();
+  config.max_sequence_tokens = get("max_sequence_tokens").cast<std::int32_t>();
   config.num_sampler_threads = get("num_sampler_threads").cast<std::int32_t>();
   config.check_integrity = get("check_integrity").cast<bool>();
   return config;
@@ -201,7 +202,6 @@ void bind_engine(py::module_& m) {
       .def("step", &Engine::step, ReleaseGil())
       .def("close", &Engine::close, ReleaseGil())
       .def("stats", &stats)
-      .def_property_readonly("warnings", &Engine::warnings)
       .def_property_readonly("has_work", &Engine::has_work)
       .def_property_readonly("num_slots", [](const Engine& e) { return e.info().num_slots; })
       .def_property_readonly("num_cells", [](const Engine& e) { return e.info().num_cells; })

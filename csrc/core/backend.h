@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "core/micro_batch.h"
 #include "core/types.h"
@@ -82,9 +81,6 @@ class Backend {
 
   /// Decode calls that reused the compute graph of the one before.
   [[nodiscard]] virtual std::int64_t num_graphs_reused() const { return 0; }
-
-  /// What a user should know about how the backend was set up.
-  [[nodiscard]] virtual std::vector<std::string> warnings() const { return {}; }
 };
 
 }  // namespace batchcore

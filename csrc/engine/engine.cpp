@@ -24,11 +24,13 @@ Engine::Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vo
       clock_(std::move(clock)),
       scheduler_(config.scheduler),
       process_(getpid()),
-      warnings_(backend_->warnings()),
       state_(backend_->info()),
       samplers_(config.num_sampler_threads) {
   if (config.scheduler.max_num_seqs > state_.info.num_slots) {
     throw ConfigError("max_num_seqs is larger than the number of slots");
+  }
+  if (config.max_sequence_tokens > 0) {
+    state_.info.cells_per_slot = std::min(state_.info.cells_per_slot, config.max_sequence_tokens);
   }
 }
 

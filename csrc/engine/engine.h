@@ -30,6 +30,7 @@ struct EngineConfig {
   SchedulerConfig scheduler;
   std::int64_t max_queued_requests = 0;  ///< waiting for their first slot, > 0
   std::int64_t max_queued_tokens = 0;    ///< prompt tokens of those, > 0
+  std::int32_t max_sequence_tokens = 0;  ///< prompt and output, 0 = what a slot holds
   std::int32_t num_sampler_threads = 1;
   bool check_integrity = false;  ///< prove the accounting after every step; for tests
 };
@@ -65,7 +66,6 @@ class Engine {
 
   [[nodiscard]] EngineStats stats() const;
   [[nodiscard]] const BackendInfo& info() const { return state_.info; }
-  [[nodiscard]] const std::vector<std::string>& warnings() const { return warnings_; }
   /// The process that made it; in any other, an engine must be neither used nor destroyed.
   [[nodiscard]] int process() const { return process_; }
 
@@ -123,7 +123,6 @@ class Engine {
   const EngineClock clock_;
   const Scheduler scheduler_;
   const int process_;
-  const std::vector<std::string> warnings_;
 
   // Shared with callers.
   mutable std::mutex inbox_mutex_;

@@ -43,7 +43,6 @@ class LlamaBackend final : public Backend {
   [[nodiscard]] std::int64_t num_graphs_reused() const override {
     return context_.num_graphs_reused();
   }
-  [[nodiscard]] std::vector<std::string> warnings() const override { return context_.warnings(); }
 
   /// The context beneath: effective parameters, warnings, memory and graph figures.
   [[nodiscard]] const Context& context() const { return context_; }

@@ -100,6 +100,7 @@ class Engine:
         *,
         max_num_seqs: int = 16,
         n_ctx: int = 8192,
+        max_sequence_tokens: int | None = None,
         n_ubatch: int = 512,
         kv_layout: Literal["auto", "unified", "streams"] = "auto",
         prefix_caching: bool = True,
@@ -124,6 +125,8 @@ class Engine:
                 several engines may share.
             max_num_seqs: Sequences that run at the same time.
             n_ctx: KV cells, shared by all sequences; with `streams` each gets an equal part.
+            max_sequence_tokens: Prompt and output of one sequence together, at most; None means what
+                the model was trained with. Never more than its part of `n_ctx`.
             n_ubatch: Tokens per decode call at most.
             kv_layout: `unified`: one pool of cells, prefixes are shared without a copy. `streams`:
                 a fixed part per sequence, which decodes faster on a CPU, but wastes what a sequence
@@ -155,8 +158,12 @@ class Engine:
         _check_positive(max_queued_tokens=max_queued_tokens)
         if max_num_seqs > _MAX_SLOTS:
             raise ConfigError(f"max_num_seqs must be at most {_MAX_SLOTS}, not {max_num_seqs}")
-        if n_threads is not None:
-            _check_positive(n_threads=n_threads)
+        for name, value in (
+            ("n_threads", n_threads),
+            ("max_sequence_tokens", max_sequence_tokens),
+        ):
+            if value is not None:
+                _check_positive(**{name: value})
         if target_itl_ms is not None and not 0 < target_itl_ms < float("inf"):
             raise ConfigError(f"target_itl_ms must be above 0, not {target_itl_ms}")
         self.model = model if isinstance(model, Model) else Model(model, n_gpu_layers=n_gpu_layers)
@@ -187,6 +194,7 @@ class Engine:
                 },
                 {
                     "max_num_seqs": max_num_seqs,
+                    "max_sequence_tokens": max_sequence_tokens or self.model.n_ctx_train,
                     "prefill_policy": prefill_policy,
                     "target_itl_s": (target_itl_ms or 0.0) / 1e3,
                     "prefix_caching": prefix_caching,
@@ -198,8 +206,12 @@ class Engine:
             )
         finally:
             _log.forward()
-        for message in self._native.warnings:
-            warnings.warn(message, stacklevel=2)
+        if self.max_sequence_tokens > self.model.n_ctx_train:
+            warnings.warn(
+                f"sequences may grow to {self.max_sequence_tokens} tokens, but the model was trained "
+                f"with {self.model.n_ctx_train}",
+                stacklevel=2,
+            )
         _open_engines.add(self)
         if autostart:
             self._native.start()

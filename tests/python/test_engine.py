@@ -251,6 +251,21 @@ def test_outgrowing_the_context_ends_with_length(model):
         assert len(out.prompt_token_ids) + len(out.outputs[0].token_ids) == 257
 
 
+def test_sequences_stay_within_what_the_model_was_trained_with(model):
+    with bc.Engine(model, max_num_seqs=2, n_ctx=2 * model.n_ctx_train) as engine:
+        assert engine.n_ctx == 2 * model.n_ctx_train
+        assert engine.max_sequence_tokens == model.n_ctx_train
+    with pytest.warns(UserWarning, match="trained"):
+        bc.Engine(
+            model,
+            max_num_seqs=2,
+            n_ctx=2 * model.n_ctx_train,
+            max_sequence_tokens=model.n_ctx_train + 1,
+        ).close()
+    with bc.Engine(model, max_num_seqs=2, n_ctx=512, max_sequence_tokens=100) as engine:
+        assert len(engine.generate("x", LONG)[0].outputs[0].token_ids) == 100
+
+
 def test_closing_ends_every_request_with_a_typed_error(model):
     engine = bc.Engine(model, max_num_seqs=2, n_ctx=512)
     handles = [engine.submit("Count:", LONG) for _ in range(5)]
