@@ -198,7 +198,7 @@ void bind_engine(py::module_& m) {
       .def("start", &Engine::start, ReleaseGil())
       .def("submit", &submit, py::arg("prompt"), py::arg("sampling"), py::arg("priority"),
            py::arg("timeout_s"), py::arg("streams"), py::arg("notifier"))
-      .def("abort", &Engine::abort, py::arg("id"), ReleaseGil())
+      .def("abort", &Engine::abort, py::arg("request_id"), ReleaseGil())
       .def("step", &Engine::step, ReleaseGil())
       .def("close", &Engine::close, ReleaseGil())
       .def("stats", &stats)

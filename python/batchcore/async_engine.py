@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchcore import _core
 from batchcore.engine import Engine, submit_to
-from batchcore.errors import EngineError
+from batchcore.errors import ConfigError, EngineError
 from batchcore.handle import AsyncRequestHandle
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ class AsyncEngine:
             finally:
                 if starting.done():
                     self._starting = None
+        if not self._engine.autostart:
+            raise ConfigError(
+                "an AsyncEngine needs an engine that runs its own loop (autostart=True)"
+            )
         if self._notifier is None:
             self._notifier = _core.Notifier()
             loop.add_reader(self._notifier.fd, self._dispatch)

@@ -125,8 +125,8 @@ class Engine:
                 several engines may share.
             max_num_seqs: Sequences that run at the same time.
             n_ctx: KV cells, shared by all sequences; with `streams` each gets an equal part.
-            max_sequence_tokens: Prompt and output of one sequence together, at most; None means what
-                the model was trained with. Never more than its part of `n_ctx`.
+            max_sequence_tokens: Prompt and output of one sequence together, at most; None means
+                what the model was trained with. Never more than its part of `n_ctx`.
             n_ubatch: Tokens per decode call at most.
             kv_layout: `unified`: one pool of cells, prefixes are shared without a copy. `streams`:
                 a fixed part per sequence, which decodes faster on a CPU, but wastes what a sequence
@@ -174,8 +174,10 @@ class Engine:
         """The KV layout in use."""
         self.max_num_seqs = max_num_seqs
         """Sequences that run at the same time."""
-        threads = n_threads or _usable_cores()
-        self._autostart = autostart
+        self.n_threads = threads = n_threads or _usable_cores()
+        """CPU threads that compute."""
+        self.autostart = autostart
+        """Whether it runs its own loop; otherwise `step` does."""
         try:
             self._native = _core.Engine(
                 self.model._native,
@@ -208,8 +210,8 @@ class Engine:
             _log.forward()
         if self.max_sequence_tokens > self.model.n_ctx_train:
             warnings.warn(
-                f"sequences may grow to {self.max_sequence_tokens} tokens, but the model was trained "
-                f"with {self.model.n_ctx_train}",
+                f"sequences may grow to {self.max_sequence_tokens} tokens, but the model was "
+                f"trained with {self.model.n_ctx_train}",
                 stacklevel=2,
             )
         _open_engines.add(self)
@@ -372,7 +374,7 @@ class Engine:
         timeout: float | None,
         streams: bool,
     ) -> RequestHandle:
-        kind = RequestHandle if self._autostart else SteppedRequestHandle
+        kind = RequestHandle if self.autostart else SteppedRequestHandle
         return submit_to(
             self, tokens, params, kind, priority=priority, timeout=timeout, streams=streams
         )

@@ -11,7 +11,7 @@ from batchcore import _core
 from batchcore.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["SamplingParams"]
 
@@ -66,10 +66,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check every value, and turn the sequences into tuples."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _as(tuple, "stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        for name, kind in (("stop_token_ids", tuple), ("logit_bias", dict)):
+            object.__setattr__(self, name, _as(kind, name, getattr(self, name)))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         self._check_integers()
@@ -100,17 +100,18 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be {low} to {high}, not {value}")
 
     def _check_floats(self) -> None:
-        for name, value, fits, rule in (
-            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
-            ("presence_penalty", self.presence_penalty, True, "finite"),
-            ("frequency_penalty", self.frequency_penalty, True, "finite"),
-            *(("logit_bias", bias, True, "finite") for bias in self.logit_bias.values()),
-        ):
-            if not (math.isfinite(value) and fits):
-                raise InvalidRequestError(f"{name} must be {rule}, not {value}")
+        rows: tuple[tuple[str, object, Callable[[Any], bool], str], ...] = (
+            ("temperature", self.temperature, lambda x: x >= 0, "of 0 or more"),
+            ("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0"),
+            ("presence_penalty", self.presence_penalty, _is_finite, "that is finite"),
+            ("frequency_penalty", self.frequency_penalty, _is_finite, "that is finite"),
+            *(("logit_bias", x, _is_finite, "that is finite") for x in self.logit_bias.values()),
+        )
+        for name, value, fits, rule in rows:
+            if not (_is_finite(value) and fits(value)):
+                raise InvalidRequestError(f"{name} must be a number {rule}, not {value!r}")
 
     def _to_native(self) -> _core.SamplingParams:
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
@@ -118,3 +119,14 @@ class SamplingParams:
         values["logprobs"] = -1 if self.logprobs is None else self.logprobs
         values["logit_bias"] = list(self.logit_bias.items())
         return _core.SamplingParams(values)
+
+
+def _as(kind: Callable[[Any], Any], name: str, value: object) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"{name} can't be {value!r}") from error
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -9,7 +9,7 @@ import time
 
 import batchcore as bc
 import pytest
-from batchcore.errors import EngineClosedError, EngineError, RequestTimeoutError
+from batchcore.errors import ConfigError, EngineClosedError, EngineError, RequestTimeoutError
 
 GREEDY = bc.SamplingParams(temperature=0, max_tokens=8)
 LONG = bc.SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
@@ -118,6 +118,14 @@ def test_another_event_loop_is_refused(model):
     with pytest.raises(EngineError, match="another event loop"):
         asyncio.run(engine.generate("x"))
     engine.engine.close()
+
+
+def test_an_engine_without_a_loop_is_refused(model):
+    with (
+        bc.Engine(model, max_num_seqs=2, n_ctx=512, autostart=False) as engine,
+        pytest.raises(ConfigError, match="autostart"),
+    ):
+        asyncio.run(bc.AsyncEngine(engine).generate("x"))
 
 
 def test_not_loaded_yet_is_said():

@@ -41,6 +41,13 @@ NAN = float("nan")
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: NAN}),
         ("n", 0),
+        ("n", None),
+        ("temperature", "hot"),
+        ("top_k", 1.5),
+        ("stop", 7),
+        ("stop_token_ids", 5),
+        ("logit_bias", [1]),
+        ("logit_bias", {1: "x"}),
     ],
 )
 def test_values_out_of_range_are_named(name, value):
