@@ -36,13 +36,15 @@ ContextParams context_params(const py::dict& options) {
   params.n_ubatch = get("n_ubatch").cast<std::int32_t>();
   params.n_threads = get("n_threads").cast<std::int32_t>();
   params.n_threads_batch = get("n_threads_batch").cast<std::int32_t>();
-  params.layout = by_name<KvLayout>("kv_layout", get("kv_layout").cast<std::string>(),
-                                    {{"unified", KvLayout::kUnified}, {"streams", KvLayout::kStreams}});
+  params.layout =
+      by_name<KvLayout>("kv_layout", get("kv_layout").cast<std::string>(),
+                        {{"unified", KvLayout::kUnified}, {"streams", KvLayout::kStreams}});
   params.type_k = get("type_k").cast<std::string>();
   params.type_v = get("type_v").cast<std::string>();
-  params.flash_attn = by_name<FlashAttention>(
-      "flash_attn", get("flash_attn").cast<std::string>(),
-      {{"auto", FlashAttention::kAuto}, {"off", FlashAttention::kOff}, {"on", FlashAttention::kOn}});
+  params.flash_attn = by_name<FlashAttention>("flash_attn", get("flash_attn").cast<std::string>(),
+                                              {{"auto", FlashAttention::kAuto},
+                                               {"off", FlashAttention::kOff},
+                                               {"on", FlashAttention::kOn}});
   params.swa_full = get("swa_full").cast<bool>();
   params.offload_kqv = get("offload_kqv").cast<bool>();
   return params;
@@ -52,11 +54,11 @@ EngineConfig engine_config(const py::dict& options) {
   const auto get = [&options](const char* key) { return options[key]; };
   EngineConfig config;
   config.scheduler.max_num_seqs = get("max_num_seqs").cast<std::int32_t>();
-  config.scheduler.prefill_policy = by_name<PrefillPolicy>(
-      "prefill_policy", get("prefill_policy").cast<std::string>(),
-      {{"latency", PrefillPolicy::kLatency},
-       {"balanced", PrefillPolicy::kBalanced},
-       {"throughput", PrefillPolicy::kThroughput}});
+  config.scheduler.prefill_policy =
+      by_name<PrefillPolicy>("prefill_policy", get("prefill_policy").cast<std::string>(),
+                             {{"latency", PrefillPolicy::kLatency},
+                              {"balanced", PrefillPolicy::kBalanced},
+                              {"throughput", PrefillPolicy::kThroughput}});
   config.scheduler.target_itl_s = get("target_itl_s").cast<double>();
   config.scheduler.prefix_caching = get("prefix_caching").cast<bool>();
   config.max_queued_requests = get("max_queued_requests").cast<std::int64_t>();
@@ -122,7 +124,8 @@ py::list to_list(const std::vector<PositionLogprobs>& positions) {
   py::list list(positions.size());
   for (std::size_t i = 0; i < positions.size(); ++i) {
     py::list top(positions[i].top.size());
-    for (std::size_t k = 0; k < positions[i].top.size(); ++k) top[k] = to_tuple(positions[i].top[k]);
+    for (std::size_t k = 0; k < positions[i].top.size(); ++k)
+      top[k] = to_tuple(positions[i].top[k]);
     list[i] = py::make_tuple(to_tuple(positions[i].sampled), top);
   }
   return list;
@@ -144,11 +147,10 @@ py::object take(RequestChannel& channel) {
   py::list deltas(update->deltas.size());
   for (std::size_t i = 0; i < update->deltas.size(); ++i) deltas[i] = to_tuple(update->deltas[i]);
   const RequestMetrics& times = update->metrics;
-  return py::make_tuple(deltas, update->finished,
-                        update->error ? to_python_error(update->error) : py::none(),
-                        py::make_tuple(times.arrival_s, times.admitted_s, times.first_token_s,
-                                       times.finished_s, times.num_cached_tokens,
-                                       times.num_preemptions));
+  return py::make_tuple(
+      deltas, update->finished, update->error ? to_python_error(update->error) : py::none(),
+      py::make_tuple(times.arrival_s, times.admitted_s, times.first_token_s, times.finished_s,
+                     times.num_cached_tokens, times.num_preemptions));
 }
 
 py::dict stats(const Engine& engine) {
@@ -159,12 +161,12 @@ py::dict stats(const Engine& engine) {
     finished[py::str(std::string(kFinishReasonNames[i]))] = s.num_finished[i];
   }
   return py::dict(
-      "num_running"_a = s.num_running, "num_waiting"_a = s.num_waiting,
-      "num_cells"_a = s.num_cells, "num_active_cells"_a = s.num_active_cells,
-      "num_cached_cells"_a = s.num_cached_cells, "num_steps"_a = s.num_steps,
-      "num_micro_batches"_a = s.num_micro_batches, "num_rows"_a = s.num_rows,
-      "num_prompt_tokens"_a = s.num_prompt_tokens, "num_prefill_tokens"_a = s.num_prefill_tokens,
-      "num_decode_rows"_a = s.num_decode_rows, "num_cached_tokens"_a = s.num_cached_tokens,
+      "num_running"_a = s.num_running, "num_waiting"_a = s.num_waiting, "num_cells"_a = s.num_cells,
+      "num_active_cells"_a = s.num_active_cells, "num_cached_cells"_a = s.num_cached_cells,
+      "num_steps"_a = s.num_steps, "num_micro_batches"_a = s.num_micro_batches,
+      "num_rows"_a = s.num_rows, "num_prompt_tokens"_a = s.num_prompt_tokens,
+      "num_prefill_tokens"_a = s.num_prefill_tokens, "num_decode_rows"_a = s.num_decode_rows,
+      "num_cached_tokens"_a = s.num_cached_tokens,
       "num_generated_tokens"_a = s.num_generated_tokens, "num_preemptions"_a = s.num_preemptions,
       "num_evictions"_a = s.num_evictions, "num_decode_failures"_a = s.num_decode_failures,
       "num_graphs_reused"_a = s.num_graphs_reused, "num_finished"_a = finished,
@@ -177,7 +179,8 @@ using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 }  // namespace
 
 void bind_engine(py::module_& m) {
-  py::class_<SamplingParams>(m, "SamplingParams", "Validated parameters; see batchcore.SamplingParams.")
+  py::class_<SamplingParams>(m, "SamplingParams",
+                             "Validated parameters; see batchcore.SamplingParams.")
       .def(py::init(&sampling_params), py::arg("values"));
 
   py::class_<Notifier, std::shared_ptr<Notifier>>(m, "Notifier",

@@ -27,11 +27,11 @@ struct BackendInfo {
 /// Outcome of decode(), with llama.cpp's return code as value.
 enum class DecodeStatus {
   kOk = 0,
-  kNoSlot = 1,         ///< no room in the KV memory, nothing changed
-  kInterrupted = 2,    ///< interrupt() was seen; memory holds a prefix of the batch
-  kInvalidBatch = -1,  ///< rejected before any work, nothing changed
-  kAllocFailed = -2,   ///< no memory for the computation; KV memory may hold a prefix of the batch
-  kComputeFailed = -3, ///< the device failed; the context is suspect
+  kNoSlot = 1,          ///< no room in the KV memory, nothing changed
+  kInterrupted = 2,     ///< interrupt() was seen; memory holds a prefix of the batch
+  kInvalidBatch = -1,   ///< rejected before any work, nothing changed
+  kAllocFailed = -2,    ///< no memory for the computation; KV memory may hold a prefix of the batch
+  kComputeFailed = -3,  ///< the device failed; the context is suspect
 };
 
 class Backend {

@@ -22,8 +22,8 @@ KvTree::Node* KvTree::add_child(Node* parent, std::span<const Token> tokens) {
   return parent->children.back().get();
 }
 
-// The front part becomes a new node between `node` and its parent, so that slots which end at `node`
-// still do.
+// The front part becomes a new node between `node` and its parent, so that slots which end at
+// `node` still do.
 KvTree::Node* KvTree::split(Node* node, std::int32_t at) {
   assert(at > 0 && at < node->size());
   Node* parent = node->parent;
@@ -174,13 +174,13 @@ SeqId KvTree::slot_below(const Node* node, bool cached) const {
   return -1;
 }
 
-// Two slots that computed the same tokens on their own hold different cells, so several children may
-// start with the same token: all of them are looked at.
+// Two slots that computed the same tokens on their own hold different cells, so several children
+// may start with the same token: all of them are looked at.
 void KvTree::match_below(const Node* node, std::span<const Token> rest, std::int32_t depth,
                          bool whole_slots_only, PrefixMatch& best) const {
   for (const auto& child : node->children) {
-    const auto [mine, theirs] = std::mismatch(child->tokens.begin(), child->tokens.end(),
-                                              rest.begin(), rest.end());
+    const auto [mine, theirs] =
+        std::mismatch(child->tokens.begin(), child->tokens.end(), rest.begin(), rest.end());
     const auto common = static_cast<std::int32_t>(mine - child->tokens.begin());
     if (common == 0) continue;
     const bool whole_run = common == child->size();
@@ -190,9 +190,9 @@ void KvTree::match_below(const Node* node, std::span<const Token> rest, std::int
         length > best.length || (length == best.length && has_cached && !best.is_cached);
     if (whole_slots_only) {
       if (whole_run && better && !child->ends.empty()) {
-        const bool end_cached = std::any_of(
-            child->ends.begin(), child->ends.end(),
-            [this](SeqId slot) { return state(slot) == SlotState::kCached; });
+        const bool end_cached =
+            std::any_of(child->ends.begin(), child->ends.end(),
+                        [this](SeqId slot) { return state(slot) == SlotState::kCached; });
         best = {child->ends.front(), length, end_cached};
         for (const SeqId slot : child->ends) {
           if ((state(slot) == SlotState::kCached) == end_cached) best.slot = slot;

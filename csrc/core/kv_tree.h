@@ -52,8 +52,9 @@ class KvTree {
   [[nodiscard]] std::int32_t num_cells() const { return num_cells_; }
   [[nodiscard]] std::int32_t num_active_cells() const { return num_active_cells_; }
 
-  /// Longest prefix of `tokens` that a slot holds; cached slots win over active ones at equal length.
-  /// `whole_slots_only`: a recurrent state serves only the exact position that it stands at.
+  /// Longest prefix of `tokens` that a slot holds; cached slots win over active ones at equal
+  /// length. `whole_slots_only`: a recurrent state serves only the exact position that it stands
+  /// at.
   [[nodiscard]] PrefixMatch longest_match(std::span<const Token> tokens,
                                           bool whole_slots_only) const;
 
@@ -71,9 +72,9 @@ class KvTree {
     Node* parent = nullptr;
     std::vector<Token> tokens;
     std::vector<std::unique_ptr<Node>> children;
-    std::vector<SeqId> ends;       // slots whose last token is the last of this run
-    std::int32_t num_active = 0;   // active slots that hold this run
-    std::int32_t num_cached = 0;   // cached ones
+    std::vector<SeqId> ends;               // slots whose last token is the last of this run
+    std::int32_t num_active = 0;           // active slots that hold this run
+    std::int32_t num_cached = 0;           // cached ones
     mutable std::int32_t num_removed = 0;  // scratch of cells_freed_by(), else 0
 
     [[nodiscard]] std::int32_t size() const { return static_cast<std::int32_t>(tokens.size()); }

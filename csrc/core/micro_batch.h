@@ -9,7 +9,8 @@
 
 namespace batchcore {
 
-/// Parallel arrays, one entry per token; tokens of a sequence are adjacent and ascending in position.
+/// Parallel arrays, one entry per token; tokens of a sequence are adjacent and ascending in
+/// position.
 struct MicroBatch {
   std::vector<Token> tokens;
   std::vector<Position> positions;

@@ -1,5 +1,5 @@
-// How long outputs of this engine have been lately, to admit by what requests are likely to need and
-// not by the most that they may ask for (after Past-Future scheduling, arXiv 2507.10150).
+// How long outputs of this engine have been lately, to admit by what requests are likely to need
+// and not by the most that they may ask for (after Past-Future scheduling, arXiv 2507.10150).
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,9 @@ class OutputHistory {
   }
 
   /// Output tokens that a sequence with `generated` of them is expected to have in the end, at most
-  /// `max_tokens`: the upper quartile of recent outputs that got further than it. Where the past says
-  /// nothing, `guess`, or twice what it has already; a wrong guess costs a preemption, not a failure.
+  /// `max_tokens`: the upper quartile of recent outputs that got further than it. Where the past
+  /// says nothing, `guess`, or twice what it has already; a wrong guess costs a preemption, not a
+  /// failure.
   [[nodiscard]] std::int32_t expected(std::int32_t generated, std::int32_t max_tokens,
                                       std::int32_t guess) const {
     std::array<std::int32_t, kSize> longer;

@@ -13,8 +13,8 @@ constexpr std::int32_t kMinChunkLatency = 16;
 constexpr std::int32_t kMinChunkBalanced = 64;
 // Steps with prefill may take this multiple of a step without, where no target is given.
 constexpr double kDefaultSlowdown = 2.5;
-// A prefix shorter than this is computed again rather than copied between streams, which moves a whole
-// stream's buffer; and nobody waits for another sequence to compute less than this.
+// A prefix shorter than this is computed again rather than copied between streams, which moves a
+// whole stream's buffer; and nobody waits for another sequence to compute less than this.
 constexpr std::int32_t kMinStreamCopy = 64;
 constexpr std::int32_t kMinWorthWaiting = 32;
 // Waiting sequences that are looked at behind one that waits for its prefix.
@@ -114,8 +114,8 @@ class Planner {
     return true;
   }
 
-  // Every sequence that decodes is in every step; in rank order, so that a sequence which can't get a
-  // cell is always the last in rank.
+  // Every sequence that decodes is in every step; in rank order, so that a sequence which can't get
+  // a cell is always the last in rank.
   void choose_decoding() {
     for (Sequence* sequence : state_.running) {
       if (!sequence->is_decoding() || is_preempted(sequence)) continue;
@@ -134,15 +134,15 @@ class Planner {
     const auto rows = static_cast<std::int32_t>(decoding_.size());
     const std::int32_t most = unified_ ? state_.info.n_ubatch - rows : state_.info.n_ubatch;
     if (rows == 0 || config_.prefill_policy == PrefillPolicy::kThroughput) return most;
-    const std::int32_t floor = std::min(config_.prefill_policy == PrefillPolicy::kLatency
-                                            ? kMinChunkLatency
-                                            : kMinChunkBalanced,
-                                        most);
+    const std::int32_t floor = std::min(
+        config_.prefill_policy == PrefillPolicy::kLatency ? kMinChunkLatency : kMinChunkBalanced,
+        most);
     if (!state_.cost.is_ready()) return floor;
     StepWork work{0, rows, 0};
     for (const Sequence* sequence : decoding_) work.kv_tokens += sequence->num_tokens();
     const double alone = state_.cost.seconds(work);
-    const double target = config_.target_itl_s > 0 ? config_.target_itl_s : alone * kDefaultSlowdown;
+    const double target =
+        config_.target_itl_s > 0 ? config_.target_itl_s : alone * kDefaultSlowdown;
     const double per_token = state_.cost.seconds_per_prefill_token();
     const double left = per_token > 0 ? (target - alone) / per_token : most;
     const auto chunk = static_cast<std::int32_t>(std::clamp(left, 0.0, static_cast<double>(most)));
@@ -194,8 +194,7 @@ class Planner {
       const std::int32_t own = sequence.num_tokens() - shared;
       base += sequence.num_tokens() - computed;  // cells that its pending tokens will take
       base -= own;
-      const std::int32_t remaining =
-          std::max(expected_tokens(sequence) - sequence.num_tokens(), 0);
+      const std::int32_t remaining = std::max(expected_tokens(sequence) - sequence.num_tokens(), 0);
       for (std::int32_t i = 0; i <= sequence.num_forks; ++i) {
         growths.push_back({remaining, i == 0 ? own : 0});
       }
@@ -234,15 +233,14 @@ class Planner {
     for (const Sequence* other : state_.running) {
       if (!is_preempted(other) && reaches(*other, other->num_computed)) return true;
     }
-    return std::any_of(plan_.admissions.begin(), plan_.admissions.end(), [&](const Admission& a) {
-      return reaches(*a.sequence, a.prefix_length);
-    });
+    return std::any_of(plan_.admissions.begin(), plan_.admissions.end(),
+                       [&](const Admission& a) { return reaches(*a.sequence, a.prefix_length); });
   }
 
   [[nodiscard]] PrefixMatch find_prefix(const Sequence& sequence) const {
     if (!config_.prefix_caching) return {};
-    const bool whole = state_.info.memory == MemoryKind::kRecurrent ||
-                       state_.info.memory == MemoryKind::kHybrid;
+    const bool whole =
+        state_.info.memory == MemoryKind::kRecurrent || state_.info.memory == MemoryKind::kHybrid;
     // The last token is always computed: its logits are what the step is for.
     const std::span<const Token> prompt(sequence.tokens.data(), sequence.tokens.size() - 1);
     const PrefixMatch match = state_.kv.longest_match(prompt, whole);
@@ -357,9 +355,8 @@ class Planner {
 
   void add_decoding() {
     PlannedMicroBatch batch;
-    std::sort(decoding_.begin(), decoding_.end(), [this](const Sequence* a, const Sequence* b) {
-      return slot_of(a) < slot_of(b);
-    });
+    std::sort(decoding_.begin(), decoding_.end(),
+              [this](const Sequence* a, const Sequence* b) { return slot_of(a) < slot_of(b); });
     for (Sequence* sequence : decoding_) batch.rows.push_back({sequence, 1});
     plan_.micro_batches.push_back(std::move(batch));
   }

@@ -57,8 +57,8 @@ class Scheduler {
 
   [[nodiscard]] StepPlan plan(const SchedulerState& state) const;
 
-  /// A slot for one more sequence: the lowest free one, else the least recently used cached one that
-  /// is not in `keep`, else -1.
+  /// A slot for one more sequence: the lowest free one, else the least recently used cached one
+  /// that is not in `keep`, else -1.
   [[nodiscard]] SeqId choose_slot(const SchedulerState& state, std::span<const SeqId> keep) const;
 
  private:

@@ -1,5 +1,5 @@
-// One completion of a request as the scheduler sees it. Owned by the engine (which derives from it),
-// touched by the engine thread only.
+// One completion of a request as the scheduler sees it. Owned by the engine (which derives from
+// it), touched by the engine thread only.
 #pragma once
 
 #include <compare>
@@ -19,9 +19,9 @@ struct Rank {
   auto operator<=>(const Rank&) const = default;
 };
 
-/// A sequence is its tokens and how many of them the KV memory holds. One rule covers prefill, decode
-/// and recomputing after a preemption: a step computes the next pending tokens, and a step that
-/// reaches the last token samples the next one.
+/// A sequence is its tokens and how many of them the KV memory holds. One rule covers prefill,
+/// decode and recomputing after a preemption: a step computes the next pending tokens, and a step
+/// that reaches the last token samples the next one.
 struct Sequence {
   RequestId request_id = 0;
   Rank rank;
@@ -30,12 +30,12 @@ struct Sequence {
   std::int32_t num_prompt_tokens = 0;  ///< > 0
   std::int32_t max_tokens_total = 0;   ///< prompt and output together, at most
 
-  SeqId slot = -1;                     ///< -1 while it waits
-  std::int32_t num_computed = 0;       ///< tokens whose KV cells exist in `slot`
-  std::int32_t num_shared = 0;         ///< leading cells that it shares with other sequences
-  std::int32_t num_forks = 0;          ///< sibling completions that start when this prefill is done
+  SeqId slot = -1;                ///< -1 while it waits
+  std::int32_t num_computed = 0;  ///< tokens whose KV cells exist in `slot`
+  std::int32_t num_shared = 0;    ///< leading cells that it shares with other sequences
+  std::int32_t num_forks = 0;     ///< sibling completions that start when this prefill is done
   std::int32_t num_preemptions = 0;
-  bool has_saved_state = false;        ///< preempted into host memory: restored, not recomputed
+  bool has_saved_state = false;  ///< preempted into host memory: restored, not recomputed
 
   [[nodiscard]] std::int32_t num_tokens() const { return static_cast<std::int32_t>(tokens.size()); }
   [[nodiscard]] std::int32_t num_pending() const { return num_tokens() - num_computed; }

@@ -6,7 +6,8 @@
 namespace batchcore {
 namespace {
 
-// The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA'14): every input bit reaches every output bit.
+// The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA'14): every input bit reaches every output
+// bit.
 std::uint64_t mix(std::uint64_t x) {
   x += 0x9E3779B97F4A7C15ULL;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL;
@@ -79,8 +80,8 @@ DecodeStatus SimBackend::decode(const MicroBatch& batch) {
 const float* SimBackend::logits(std::int32_t index) {
   const auto i = static_cast<std::size_t>(index);
   if (index < 0 || i >= row_of_index_.size() || row_of_index_[i] < 0) return nullptr;
-  return logits_.data() + static_cast<std::size_t>(row_of_index_[i]) *
-                              static_cast<std::size_t>(info_.n_vocab);
+  return logits_.data() +
+         static_cast<std::size_t>(row_of_index_[i]) * static_cast<std::size_t>(info_.n_vocab);
 }
 
 bool SimBackend::remove(SeqId seq_id, Position begin, Position end) {

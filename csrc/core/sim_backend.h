@@ -1,6 +1,6 @@
 // A backend without a model, for tests and scale studies: it keeps every cell as llama.cpp would,
-// answers with logits that depend on the exact tokens of the sequence (so any mix-up of cells changes
-// the output), and charges time by a cost model on a virtual clock.
+// answers with logits that depend on the exact tokens of the sequence (so any mix-up of cells
+// changes the output), and charges time by a cost model on a virtual clock.
 #pragma once
 
 #include <atomic>

@@ -37,7 +37,8 @@ class StepCost {
   static Vector features(const StepWork& work);
 
   Vector theta_{};
-  std::array<Vector, 4> covariance_{{{1e2, 0, 0, 0}, {0, 1e2, 0, 0}, {0, 0, 1e2, 0}, {0, 0, 0, 1e2}}};
+  std::array<Vector, 4> covariance_{
+      {{1e2, 0, 0, 0}, {0, 1e2, 0, 0}, {0, 0, 1e2, 0}, {0, 0, 0, 1e2}}};
   std::int64_t num_prefill_ = 0;
   std::int64_t num_decode_ = 0;
 };

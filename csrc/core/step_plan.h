@@ -1,5 +1,5 @@
-// What one step does, decided by Scheduler::plan() and carried out by the engine in the order of the
-// fields.
+// What one step does, decided by Scheduler::plan() and carried out by the engine in the order of
+// the fields.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace batchcore {
 struct Admission {
   Sequence* sequence = nullptr;
   SeqId slot = -1;
-  SeqId prefix_slot = -1;          ///< who holds its prefix; == slot where a cached slot is taken over
+  SeqId prefix_slot = -1;  ///< who holds its prefix; == slot where a cached slot is taken over
   std::int32_t prefix_length = 0;  ///< tokens that need not be computed
 };
 

@@ -24,7 +24,8 @@ class Vocab {
 
   [[nodiscard]] std::int32_t size() const { return static_cast<std::int32_t>(ends_.size()); }
 
-  /// Raw bytes of `token`, which may be part of a UTF-8 character. `token` must be in the vocabulary.
+  /// Raw bytes of `token`, which may be part of a UTF-8 character. `token` must be in the
+  /// vocabulary.
   [[nodiscard]] std::string_view piece(Token token) const {
     const auto index = static_cast<std::size_t>(token);
     const std::size_t begin = index == 0 ? 0 : ends_[index - 1];

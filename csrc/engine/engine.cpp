@@ -67,14 +67,15 @@ void Engine::validate(const RequestSpec& spec) const {
                              num_prompt, state_.info.cells_per_slot);
   }
   if (spec.sampling.n > config_.scheduler.max_num_seqs) {
-    throw InvalidRequestError("n = " + std::to_string(spec.sampling.n) +
-                              " is more than max_num_seqs = " +
-                              std::to_string(config_.scheduler.max_num_seqs));
+    throw InvalidRequestError(
+        "n = " + std::to_string(spec.sampling.n) +
+        " is more than max_num_seqs = " + std::to_string(config_.scheduler.max_num_seqs));
   }
   const auto in_vocab = [this](Token token) { return token >= 0 && token < state_.info.n_vocab; };
   for (const Token token : spec.sampling.stop_token_ids) {
     if (!in_vocab(token)) {
-      throw InvalidRequestError("stop token " + std::to_string(token) + " is not in the vocabulary");
+      throw InvalidRequestError("stop token " + std::to_string(token) +
+                                " is not in the vocabulary");
     }
   }
   for (const auto& [token, bias] : spec.sampling.logit_bias) {
@@ -99,15 +100,15 @@ std::shared_ptr<RequestChannel> Engine::submit(RequestSpec spec) {
   std::unique_lock lock(inbox_mutex_);
   if (closing_) throw EngineClosedError("the engine is closed");
   if (queued_requests_ >= config_.max_queued_requests) {
-    throw QueueFullError("the queue is full: " + std::to_string(queued_requests_) +
-                             " requests are waiting",
-                         config_.max_queued_requests);
+    throw QueueFullError(
+        "the queue is full: " + std::to_string(queued_requests_) + " requests are waiting",
+        config_.max_queued_requests);
   }
   // One request is always taken, however long, so that the bound can't make a valid one impossible.
   if (queued_requests_ > 0 && queued_tokens_ + num_tokens > config_.max_queued_tokens) {
-    throw QueueFullError("the queue is full: " + std::to_string(queued_tokens_) +
-                             " prompt tokens are waiting",
-                         config_.max_queued_tokens);
+    throw QueueFullError(
+        "the queue is full: " + std::to_string(queued_tokens_) + " prompt tokens are waiting",
+        config_.max_queued_tokens);
   }
   request->id = next_id_++;
   request->channel = std::make_shared<RequestChannel>(request->id, request->spec.notifier);
@@ -147,7 +148,8 @@ void Engine::run() {
         const std::lock_guard lock(inbox_mutex_);
         closing_ = true;
       }
-      fail_all(std::make_exception_ptr(EngineError(std::string("internal error: ") + error.what())));
+      fail_all(
+          std::make_exception_ptr(EngineError(std::string("internal error: ") + error.what())));
       return;
     }
   }

@@ -169,8 +169,7 @@ void Engine::check_integrity() const {
   }
   demand(num_active == static_cast<std::int32_t>(state_.running.size()),
          "a slot is held by no running sequence");
-  demand(state_.info.layout != KvLayout::kUnified ||
-             state_.kv.num_cells() <= state_.info.num_cells,
+  demand(state_.info.layout != KvLayout::kUnified || state_.kv.num_cells() <= state_.info.num_cells,
          "more cells are in use than there are");
   for (const Sequence* sequence : state_.running) {
     demand(state_.kv.length(sequence->slot) == sequence->num_computed,

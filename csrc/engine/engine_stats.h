@@ -9,9 +9,9 @@ namespace batchcore {
 /// Seconds that the engine thread has spent, by what it did.
 struct PhaseSeconds {
   double plan = 0.0;
-  double decode = 0.0;   ///< inside the backend
+  double decode = 0.0;  ///< inside the backend
   double sample = 0.0;
-  double text = 0.0;     ///< detokenising, stop strings, bookkeeping
+  double text = 0.0;  ///< detokenising, stop strings, bookkeeping
   double publish = 0.0;
 };
 
@@ -25,16 +25,16 @@ struct EngineStats {
   // Since the start.
   std::int64_t num_steps = 0;
   std::int64_t num_micro_batches = 0;
-  std::int64_t num_rows = 0;           ///< rows of all micro-batches
-  std::int64_t num_prompt_tokens = 0;  ///< of the requests that were admitted
-  std::int64_t num_prefill_tokens = 0; ///< computed in chunks, after a preemption once more
-  std::int64_t num_decode_rows = 0;    ///< computed one per sequence and step
-  std::int64_t num_cached_tokens = 0;  ///< prompt tokens that a cached prefix saved
+  std::int64_t num_rows = 0;            ///< rows of all micro-batches
+  std::int64_t num_prompt_tokens = 0;   ///< of the requests that were admitted
+  std::int64_t num_prefill_tokens = 0;  ///< computed in chunks, after a preemption once more
+  std::int64_t num_decode_rows = 0;     ///< computed one per sequence and step
+  std::int64_t num_cached_tokens = 0;   ///< prompt tokens that a cached prefix saved
   std::int64_t num_generated_tokens = 0;
   std::int64_t num_preemptions = 0;
   std::int64_t num_evictions = 0;
   std::int64_t num_decode_failures = 0;
-  std::int64_t num_graphs_reused = 0;  ///< llama.cpp compute graphs that served again
+  std::int64_t num_graphs_reused = 0;          ///< llama.cpp compute graphs that served again
   std::array<std::int64_t, 5> num_finished{};  ///< requests by FinishReason
   PhaseSeconds seconds;
 };

@@ -59,10 +59,9 @@ void Engine::admit(const Admission& admission) {
   sequence.slot = admission.slot;
   adopt_prefix(admission);
   sequence.num_computed = state_.kv.length(sequence.slot);
-  const auto place = std::upper_bound(state_.running.begin(), state_.running.end(), &sequence,
-                                      [](const Sequence* a, const Sequence* b) {
-                                        return a->rank < b->rank;
-                                      });
+  const auto place =
+      std::upper_bound(state_.running.begin(), state_.running.end(), &sequence,
+                       [](const Sequence* a, const Sequence* b) { return a->rank < b->rank; });
   state_.running.insert(place, &sequence);
   if (request.was_admitted) return;
   leave_queue(request);
@@ -202,9 +201,9 @@ void Engine::fork(EngineSequence& leader) {
       sibling->num_computed = leader.num_computed;
       sibling->num_shared = leader.num_computed;
     }
-    const auto place = std::upper_bound(
-        state_.running.begin(), state_.running.end(), sibling.get(),
-        [](const Sequence* a, const Sequence* b) { return a->rank < b->rank; });
+    const auto place =
+        std::upper_bound(state_.running.begin(), state_.running.end(), sibling.get(),
+                         [](const Sequence* a, const Sequence* b) { return a->rank < b->rank; });
     state_.running.insert(place, sibling.get());
   }
 }

@@ -36,9 +36,9 @@ using StopReason = std::variant<std::monostate, Token, std::string>;
 struct RequestSpec {
   std::vector<Token> prompt;
   SamplingParams sampling;
-  std::int32_t priority = 0;         ///< lower first
-  std::optional<double> timeout_s;   ///< from submit, in the queue and while running
-  bool streams = false;              ///< publish after every step, not just at the end
+  std::int32_t priority = 0;           ///< lower first
+  std::optional<double> timeout_s;     ///< from submit, in the queue and while running
+  bool streams = false;                ///< publish after every step, not just at the end
   std::shared_ptr<Notifier> notifier;  ///< told when there is something to take; may be null
 };
 

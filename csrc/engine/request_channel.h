@@ -1,6 +1,6 @@
-// Carries the output of one request from the engine thread to its consumer. What the consumer has not
-// taken yet is merged, so a slow one costs no more memory than the output itself and never holds up
-// the engine.
+// Carries the output of one request from the engine thread to its consumer. What the consumer has
+// not taken yet is merged, so a slow one costs no more memory than the output itself and never
+// holds up the engine.
 #pragma once
 
 #include <condition_variable>

@@ -216,7 +216,9 @@ TEST_CASE("lower priority numbers go first") {
     channels.push_back(sim.engine.submit(spec));
   }
   REQUIRE(sim.run());
-  const auto finished = [&](int i) { return collect(*channels[static_cast<std::size_t>(i)]).metrics.finished_s; };
+  const auto finished = [&](int i) {
+    return collect(*channels[static_cast<std::size_t>(i)]).metrics.finished_s;
+  };
   const double last = finished(0);
   const double first = finished(1);
   const double middle = finished(2);
@@ -274,7 +276,8 @@ TEST_CASE("any order of submit, abort, timeout and step loses nothing") {
       switch (random() % 6) {
         case 0:
         case 1: {
-          RequestSpec spec = request(random_prompt(random, 70), 1 + static_cast<int>(random() % 50));
+          RequestSpec spec =
+              request(random_prompt(random, 70), 1 + static_cast<int>(random() % 50));
           if (random() % 3 == 0) spec.prompt.assign(20 + random() % 30, 7);
           if (random() % 4 == 0) spec.sampling.n = 2 + static_cast<int>(random() % 3);
           if (random() % 5 == 0) spec.timeout_s = 0.2;
@@ -300,10 +303,12 @@ TEST_CASE("any order of submit, abort, timeout and step loses nothing") {
         REQUIRE(completion.finish_reason);
         REQUIRE(completion.finish_reason != FinishReason::kError);
       }
-      if (spec.sampling.n > 1 || result.completions[0].finish_reason != FinishReason::kLength) continue;
+      if (spec.sampling.n > 1 || result.completions[0].finish_reason != FinishReason::kLength)
+        continue;
       RequestSpec again = spec;
       again.timeout_s.reset();
-      REQUIRE(result.completions[0].token_ids == run_alone(again, options).completions[0].token_ids);
+      REQUIRE(result.completions[0].token_ids ==
+              run_alone(again, options).completions[0].token_ids);
     }
     CHECK(sim.engine.stats().num_running == 0);
     CHECK(sim.engine.stats().num_waiting == 0);

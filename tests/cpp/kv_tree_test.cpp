@@ -154,7 +154,8 @@ TEST_CASE("any order of operations leaves the same account as a plain list of ce
       const auto problem = tree.check_integrity();
       REQUIRE_MESSAGE(!problem, problem.value_or(""));
       REQUIRE(tree.num_cells() == model.num_cells());
-      for (const auto& [held, cells] : model.slots) REQUIRE(tree.tokens(held) == model.tokens(held));
+      for (const auto& [held, cells] : model.slots)
+        REQUIRE(tree.tokens(held) == model.tokens(held));
 
       Tokens probe;
       for (int i = below(8); i >= 0; --i) probe.push_back(below(3));

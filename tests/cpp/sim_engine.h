@@ -18,7 +18,8 @@ inline constexpr Token kEndToken = 0;
 inline std::shared_ptr<const Vocab> small_vocab() {
   auto vocab = std::make_shared<Vocab>();
   vocab->add_piece("");
-  for (int token = 1; token < 64; ++token) vocab->add_piece(std::string(1, static_cast<char>(' ' + token)));
+  for (int token = 1; token < 64; ++token)
+    vocab->add_piece(std::string(1, static_cast<char>(' ' + token)));
   vocab->add_end_of_generation(kEndToken);
   return vocab;
 }
@@ -41,8 +42,9 @@ inline BackendInfo sim_info(const SimOptions& options) {
   info.n_vocab = 64;
   info.num_slots = options.num_slots;
   info.num_cells = options.num_cells;
-  info.cells_per_slot = options.layout == KvLayout::kUnified ? options.num_cells
-                                                             : options.num_cells / options.num_slots;
+  info.cells_per_slot = options.layout == KvLayout::kUnified
+                            ? options.num_cells
+                            : options.num_cells / options.num_slots;
   if (options.cells_per_slot > 0) info.cells_per_slot = options.cells_per_slot;
   info.n_ubatch = options.n_ubatch;
   info.max_outputs = options.n_ubatch;
@@ -66,9 +68,9 @@ struct SimEngine {
       : SimEngine(std::make_unique<SimBackend>(sim_info(options), options.cost), options) {}
 
   SimEngine(std::unique_ptr<SimBackend> owned, const SimOptions& options)
-      : backend(owned.get()),
-        engine(std::move(owned), small_vocab(), sim_config(options),
-               [this] { return backend->now() + skipped; }) {}
+      : backend(owned.get()), engine(std::move(owned), small_vocab(), sim_config(options), [this] {
+          return backend->now() + skipped;
+        }) {}
 
   /// Steps until nothing is left; false where that takes more than `limit` steps.
   bool run(int limit = 100'000) {

@@ -1,0 +1,290 @@
+#include "core/scheduler.h"
+
+#include <doctest/doctest.h>
+
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace batchcore {
+namespace {
+
+BackendInfo info(KvLayout layout, std::int32_t num_cells = 64) {
+  BackendInfo backend;
+  backend.n_vocab = 100;
+  backend.num_slots = 4;
+  backend.num_cells = num_cells;
+  backend.cells_per_slot = layout == KvLayout::kUnified ? num_cells : num_cells / 4;
+  backend.n_ubatch = 16;
+  backend.max_outputs = 4;
+  backend.layout = layout;
+  return backend;
+}
+
+// A state written down by hand: sequences with given tokens, some of them computed.
+struct Scene {
+  explicit Scene(KvLayout layout = KvLayout::kUnified, std::int32_t num_cells = 64)
+      : state(info(layout, num_cells)) {
+    config.max_num_seqs = 3;
+  }
+
+  Sequence& add(std::vector<Token> tokens, std::int32_t max_new, std::int32_t priority = 0) {
+    auto sequence = std::make_unique<Sequence>();
+    sequence->request_id = all.size() + 1;
+    sequence->rank = {priority, sequence->request_id, 0};
+    sequence->num_prompt_tokens = static_cast<std::int32_t>(tokens.size());
+    sequence->max_tokens_total = sequence->num_prompt_tokens + max_new;
+    sequence->tokens = std::move(tokens);
+    all.push_back(std::move(sequence));
+    return *all.back();
+  }
+
+  Sequence& waits(std::vector<Token> tokens, std::int32_t max_new = 4, std::int32_t priority = 0) {
+    Sequence& sequence = add(std::move(tokens), max_new, priority);
+    state.waiting.push(&sequence);
+    return sequence;
+  }
+
+  Sequence& runs(SeqId slot, std::vector<Token> tokens, std::int32_t num_computed,
+                 std::int32_t max_new = 4, std::int32_t priority = 0) {
+    Sequence& sequence = add(std::move(tokens), max_new, priority);
+    sequence.slot = slot;
+    sequence.num_computed = num_computed;
+    state.kv.open(slot);
+    state.kv.append(slot, std::span(sequence.tokens).first(static_cast<std::size_t>(num_computed)));
+    state.running.push_back(&sequence);
+    return sequence;
+  }
+
+  void caches(SeqId slot, const std::vector<Token>& tokens, std::uint64_t last_used) {
+    state.kv.open(slot);
+    state.kv.append(slot, tokens);
+    state.kv.set_cached(slot);
+    state.last_used[static_cast<std::size_t>(slot)] = last_used;
+  }
+
+  [[nodiscard]] StepPlan plan() const { return Scheduler(config).plan(state); }
+
+  // "1x2 3x1" is two tokens of request 1 and one of request 3.
+  static std::string rows(const PlannedMicroBatch& batch) {
+    std::string text;
+    for (const PlannedRows& row : batch.rows) {
+      if (!text.empty()) text += ' ';
+      text += std::to_string(row.sequence->request_id);
+      text += 'x';
+      text += std::to_string(row.count);
+    }
+    return text;
+  }
+
+  SchedulerConfig config;
+  SchedulerState state;
+  std::vector<std::unique_ptr<Sequence>> all;
+};
+
+std::vector<Token> numbers(Token first, std::size_t count) {
+  std::vector<Token> tokens(count);
+  std::iota(tokens.begin(), tokens.end(), first);
+  return tokens;
+}
+
+TEST_CASE("nothing to do is an empty plan") { CHECK(Scene().plan().empty()); }
+
+TEST_CASE("a prompt alone gets the whole micro-batch") {
+  Scene scene;
+  scene.waits(numbers(1, 20));
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 1);
+  CHECK(plan.admissions[0].slot == 0);
+  REQUIRE(plan.micro_batches.size() == 1);
+  CHECK(Scene::rows(plan.micro_batches[0]) == "1x16");
+}
+
+TEST_CASE("who decodes is in the step, whatever else is") {
+  for (const KvLayout layout : {KvLayout::kUnified, KvLayout::kStreams}) {
+    Scene scene(layout);
+    scene.runs(1, numbers(1, 5), 4);
+    scene.runs(0, numbers(10, 3), 2);
+    scene.waits(numbers(20, 9));
+    const StepPlan plan = scene.plan();
+    if (layout == KvLayout::kUnified) {
+      REQUIRE(plan.micro_batches.size() == 1);
+      CHECK(Scene::rows(plan.micro_batches[0]) == "2x1 1x1 3x9");
+    } else {
+      REQUIRE(plan.micro_batches.size() == 2);
+      CHECK(Scene::rows(plan.micro_batches[0]) == "2x1 1x1");
+      CHECK(Scene::rows(plan.micro_batches[1]) == "3x9");
+    }
+  }
+}
+
+TEST_CASE("slots bound how many run, and the lowest free one is taken") {
+  Scene scene;
+  scene.runs(0, {1, 2}, 1);
+  scene.runs(2, {3, 4}, 1);
+  scene.waits({5, 6});
+  scene.waits({7, 8});
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 1);
+  CHECK(plan.admissions[0].slot == 1);
+  CHECK(plan.admissions[0].sequence->request_id == 3);
+}
+
+TEST_CASE("lower priority numbers are admitted first, then earlier arrivals") {
+  Scene scene;
+  scene.waits({1}, 4, 1);
+  scene.waits({2}, 4, 0);
+  scene.waits({3}, 4, 0);
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 3);
+  CHECK(plan.admissions[0].sequence->request_id == 2);
+  CHECK(plan.admissions[1].sequence->request_id == 3);
+  CHECK(plan.admissions[2].sequence->request_id == 1);
+}
+
+TEST_CASE("completions that will fork are admitted with the slots they need") {
+  Scene scene;
+  scene.runs(0, {1, 2}, 1);
+  scene.waits({3, 4}).num_forks = 2;  // three sequences, and only two more may run
+  scene.waits({5, 6});
+  CHECK(scene.plan().admissions.empty());
+}
+
+TEST_CASE("a cached prefix is copied, or taken over where all of it fits") {
+  Scene scene;
+  scene.caches(0, numbers(1, 8), 5);
+  scene.waits({1, 2, 3, 90});
+  scene.waits({1, 2, 3, 4, 5, 6, 7, 8, 91});
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 2);
+  CHECK(plan.admissions[0].prefix_slot == 0);
+  CHECK(plan.admissions[0].prefix_length == 3);
+  CHECK(plan.admissions[0].slot == 1);
+  CHECK(plan.admissions[1].prefix_slot == 0);
+  CHECK(plan.admissions[1].prefix_length == 8);
+  // The first still copies from slot 0 in this step, so the second may not take it over.
+  CHECK(plan.admissions[1].slot == 2);
+}
+
+TEST_CASE("the last token of a prompt is always computed") {
+  Scene scene;
+  scene.caches(0, numbers(1, 8), 5);
+  scene.waits(numbers(1, 8));
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 1);
+  CHECK(plan.admissions[0].prefix_length == 7);
+  CHECK(Scene::rows(plan.micro_batches.at(0)) == "1x1");
+}
+
+TEST_CASE("who shares a long prefix with a prompt in the making waits for it") {
+  Scene scene(KvLayout::kUnified, 512);
+  scene.waits(numbers(1, 60));
+  std::vector<Token> second = numbers(1, 50);
+  second.push_back(99);
+  scene.waits(second);
+  scene.waits({70, 71});
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 1);  // the first takes the whole micro-batch
+  scene.state.waiting.erase(scene.all[0].get());
+  Sequence& first = *scene.all[0];
+  first.slot = 0;
+  first.num_computed = 10;
+  scene.state.kv.open(0);
+  scene.state.kv.append(0, numbers(1, 10));
+  scene.state.running.push_back(&first);
+  scene.config.prefill_policy = PrefillPolicy::kThroughput;
+  scene.state.info.n_ubatch = 64;
+  const StepPlan next = scene.plan();
+  REQUIRE(next.admissions.size() == 1);
+  CHECK(next.admissions[0].sequence->request_id == 3);  // the second is held, nobody behind it is
+}
+
+TEST_CASE("cells that run out are taken from cached prefixes first, least recently used first") {
+  Scene scene(KvLayout::kUnified, 20);
+  scene.caches(1, numbers(40, 6), 7);
+  scene.caches(2, numbers(60, 6), 3);
+  scene.runs(0, numbers(1, 8), 8 - 1);
+  scene.all[0]->tokens.push_back(5);  // two pending: it prefills
+  const StepPlan plan = scene.plan();
+  CHECK(plan.preemptions.empty());
+  CHECK(plan.evictions == std::vector<SeqId>{2});
+  CHECK(Scene::rows(plan.micro_batches.at(0)) == "1x2");
+}
+
+TEST_CASE("then from who ranks last, who keeps its place in the queue") {
+  Scene scene(KvLayout::kUnified, 12);
+  scene.runs(0, numbers(1, 6), 5, 20);
+  scene.runs(1, numbers(20, 8), 7, 20);
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.preemptions.size() == 1);
+  CHECK(plan.preemptions[0]->request_id == 2);
+  CHECK(Scene::rows(plan.micro_batches.at(0)) == "1x1");
+}
+
+TEST_CASE("who was preempted too often is the last to be again") {
+  Scene scene(KvLayout::kUnified, 18);
+  scene.runs(0, numbers(1, 6), 5, 20);
+  scene.runs(1, numbers(20, 6), 5, 20);
+  scene.runs(2, numbers(40, 9), 8, 20);
+  scene.all[2]->num_preemptions = scene.config.max_preemptions;
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.preemptions.size() == 1);
+  CHECK(plan.preemptions[0]->request_id == 2);
+}
+
+TEST_CASE("prompts are chunked by the target once the cost of steps is known") {
+  Scene scene(KvLayout::kUnified, 4096);
+  scene.state.info.n_ubatch = 512;
+  scene.runs(0, numbers(1, 3), 2);
+  scene.waits(std::vector<Token>(400, 9));
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x64");
+  for (int i = 0; i < 40; ++i) {
+    const std::int32_t prefill = 16 * (i % 9);
+    const std::int32_t rows = 1 + i % 5;
+    scene.state.cost.observe({prefill, rows, 0}, 0.010 + 0.001 * prefill + 0.002 * rows);
+  }
+  scene.config.target_itl_s = 0.114;
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x100");
+  scene.config.target_itl_s = 0.020;
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x64");
+  scene.config.prefill_policy = PrefillPolicy::kLatency;
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x16");
+  scene.config.prefill_policy = PrefillPolicy::kThroughput;
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x400");
+}
+
+TEST_CASE("a plan changes nothing, and is the same each time") {
+  Scene scene(KvLayout::kUnified, 20);
+  scene.caches(2, numbers(60, 6), 3);
+  scene.runs(0, numbers(1, 8), 7);
+  scene.waits(numbers(30, 9));
+  const StepPlan first = scene.plan();
+  const StepPlan second = scene.plan();
+  CHECK(first.evictions == second.evictions);
+  REQUIRE(first.micro_batches.size() == second.micro_batches.size());
+  CHECK(Scene::rows(first.micro_batches.at(0)) == Scene::rows(second.micro_batches.at(0)));
+  CHECK(scene.state.kv.num_cells() == 13);
+  CHECK(scene.state.waiting.size() == 1);
+}
+
+TEST_CASE("the cost of steps is learnt, and not forgotten in a long run of equal steps") {
+  StepCost cost;
+  const auto truth = [](const StepWork& work) {
+    return 0.005 + 0.0008 * work.prefill_tokens + 0.003 * work.decode_rows +
+           1e-7 * static_cast<double>(work.kv_tokens);
+  };
+  for (int i = 0; i < 60; ++i) {
+    const StepWork work{32 * (i % 5), 1 + i % 16, 500 * (i % 7)};
+    cost.observe(work, truth(work));
+  }
+  for (int i = 0; i < 5000; ++i) cost.observe({0, 8, 4000}, truth({0, 8, 4000}));
+  CHECK(cost.is_ready());
+  for (const StepWork work : {StepWork{128, 4, 1000}, StepWork{0, 16, 8000}, StepWork{64, 0, 64}}) {
+    CHECK(cost.seconds(work) == doctest::Approx(truth(work)).epsilon(0.05));
+  }
+  CHECK(cost.seconds_per_prefill_token() == doctest::Approx(0.0008).epsilon(0.05));
+}
+
+}  // namespace
+}  // namespace batchcore
