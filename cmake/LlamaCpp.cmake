@@ -70,6 +70,11 @@ function(batchcore_add_llama_cpp)
     get_target_property(dirs ${target} INTERFACE_INCLUDE_DIRECTORIES)
     set_target_properties(${target} PROPERTIES INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${dirs}")
   endforeach()
+  # Half of the build's time is spent on llama.cpp's own files, and almost none of a decode's: -O2 compiles them a
+  # quarter faster. The kernels, which are in ggml, keep -O3.
+  if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+    target_compile_options(llama PRIVATE "$<$<CONFIG:Release>:-O2>")
+  endif()
   # Instruction order and vector width to this machine's liking; no instruction is added by it.
   if(NOT BATCHCORE_PORTABLE AND BATCHCORE_CPU_FEATURES)
     check_cxx_compiler_flag(-mtune=native BATCHCORE_HAS_MTUNE_NATIVE)

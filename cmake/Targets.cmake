@@ -29,11 +29,6 @@ endfunction()
 # batchcore_library(core SOURCES a.cpp b.cpp LINK other_target): the static library of one csrc folder.
 function(batchcore_library name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;LINK")
-  if(NOT arg_SOURCES) # TODO(#2): gone once csrc/engine has a source
-    add_library(batchcore_${name} INTERFACE)
-    target_link_libraries(batchcore_${name} INTERFACE batchcore_options ${arg_LINK})
-    return()
-  endif()
   add_library(batchcore_${name} STATIC ${arg_SOURCES})
   target_link_libraries(batchcore_${name} PUBLIC batchcore_options ${arg_LINK})
   batchcore_target_defaults(batchcore_${name})
