@@ -59,6 +59,12 @@ EngineConfig engine_config(const py::dict& options) {
                              {{"latency", PrefillPolicy::kLatency},
                               {"balanced", PrefillPolicy::kBalanced},
                               {"throughput", PrefillPolicy::kThroughput}});
+  config.scheduler.preemption =
+      by_name<PreemptionMode>("preemption", get("preemption").cast<std::string>(),
+                              {{"auto", PreemptionMode::kAuto},
+                               {"recompute", PreemptionMode::kRecompute},
+                               {"save", PreemptionMode::kSave}});
+  config.max_saved_bytes = get("max_saved_bytes").cast<std::size_t>();
   config.scheduler.target_itl_s = get("target_itl_s").cast<double>();
   config.scheduler.prefix_caching = get("prefix_caching").cast<bool>();
   config.max_queued_requests = get("max_queued_requests").cast<std::int64_t>();
@@ -168,10 +174,11 @@ py::dict stats(const Engine& engine) {
       "num_prefill_tokens"_a = s.num_prefill_tokens, "num_decode_rows"_a = s.num_decode_rows,
       "num_cached_tokens"_a = s.num_cached_tokens,
       "num_generated_tokens"_a = s.num_generated_tokens, "num_preemptions"_a = s.num_preemptions,
-      "num_evictions"_a = s.num_evictions, "num_decode_failures"_a = s.num_decode_failures,
-      "num_graphs_reused"_a = s.num_graphs_reused, "num_finished"_a = finished,
-      "plan_s"_a = s.seconds.plan, "decode_s"_a = s.seconds.decode, "sample_s"_a = s.seconds.sample,
-      "text_s"_a = s.seconds.text, "publish_s"_a = s.seconds.publish);
+      "num_saves"_a = s.num_saves, "num_evictions"_a = s.num_evictions,
+      "num_decode_failures"_a = s.num_decode_failures, "num_graphs_reused"_a = s.num_graphs_reused,
+      "num_finished"_a = finished, "plan_s"_a = s.seconds.plan, "decode_s"_a = s.seconds.decode,
+      "sample_s"_a = s.seconds.sample, "text_s"_a = s.seconds.text,
+      "publish_s"_a = s.seconds.publish);
 }
 
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;

@@ -262,7 +262,7 @@ class Planner {
 
   // False where nobody behind this one may be admitted either.
   bool try_admit(Sequence* candidate) {
-    if (candidate->has_saved_state) return place(candidate, {}, candidate->num_tokens() - 1);
+    if (candidate->num_saved > 0) return place(candidate, {}, candidate->num_saved);
     const PrefixMatch match = find_prefix(*candidate);
     if (config_.prefix_caching && is_worth_waiting(*candidate, match.length)) return true;
     if (place(candidate, match, 0)) return true;
@@ -301,7 +301,11 @@ class Planner {
         planned_cells_ += 1;
         return true;
       }
-      return plan_chunk(candidate, admission.prefix_length, alone) > 0;
+      if (plan_chunk(candidate, std::max(admission.prefix_length, num_saved), alone) > 0) {
+        return true;
+      }
+      planned_cells_ -= num_saved;
+      return false;
     };
     if (!has_rows()) {
       kept_.resize(num_kept);

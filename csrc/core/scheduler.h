@@ -9,6 +9,7 @@
 #include "core/backend.h"
 #include "core/kv_tree.h"
 #include "core/output_history.h"
+#include "core/preemption.h"
 #include "core/sequence.h"
 #include "core/step_cost.h"
 #include "core/step_plan.h"
@@ -29,6 +30,7 @@ struct SchedulerConfig {
   double target_itl_s = 0.0;  ///< 0: a multiple of what a step without prefill takes
   bool prefix_caching = true;
   std::int32_t max_preemptions = 4;  ///< after as many a sequence is no victim any more
+  PreemptionMode preemption = PreemptionMode::kAuto;
 };
 
 /// All that a plan depends on. The engine owns and updates it.
@@ -46,6 +48,7 @@ struct SchedulerState {
   std::vector<std::uint64_t> last_used;  ///< step in which a slot last served, by slot
   std::vector<bool> pinned;              ///< cached slots that are never evicted, by slot
   StepCost cost;
+  CopySpeed copy_speed;
   OutputHistory history;
 };
 

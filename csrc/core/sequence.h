@@ -35,7 +35,7 @@ struct Sequence {
   std::int32_t num_shared = 0;    ///< leading cells that it shares with other sequences
   std::int32_t num_forks = 0;     ///< sibling completions that start when this prefill is done
   std::int32_t num_preemptions = 0;
-  bool has_saved_state = false;  ///< preempted into host memory: restored, not recomputed
+  std::int32_t num_saved = 0;  ///< tokens whose cells lie in host memory since a preemption
 
   [[nodiscard]] std::int32_t num_tokens() const { return static_cast<std::int32_t>(tokens.size()); }
   [[nodiscard]] std::int32_t num_pending() const { return num_tokens() - num_computed; }

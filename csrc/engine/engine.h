@@ -30,6 +30,7 @@ struct EngineConfig {
   SchedulerConfig scheduler;
   std::int64_t max_queued_requests = 0;  ///< waiting for their first slot, > 0
   std::int64_t max_queued_tokens = 0;    ///< prompt tokens of those, > 0
+  std::size_t max_saved_bytes = 0;       ///< host memory for preempted sequences
   std::int32_t max_sequence_tokens = 0;  ///< prompt and output, 0 = what a slot holds
   std::int32_t num_sampler_threads = 1;
   bool check_integrity = false;  ///< prove the accounting after every step; for tests
@@ -91,6 +92,9 @@ class Engine {
   // engine_step.cpp: carrying out a plan.
   std::vector<RequestId> run_step();
   void preempt(EngineSequence& sequence);
+  void save(EngineSequence& sequence);
+  void restore(EngineSequence& sequence);
+  void drop_saved(EngineSequence& sequence);
   void evict(SeqId slot);
   void admit(const Admission& admission);
   void adopt_prefix(const Admission& admission);
@@ -146,6 +150,7 @@ class Engine {
   std::vector<std::pair<EngineSequence*, std::int32_t>> sampled_rows_;  // sequence, batch index
   std::vector<SampledToken> samples_;
   SamplerPool samplers_;
+  std::size_t saved_bytes_ = 0;
   EngineStats stats_;
   std::uint64_t step_number_ = 0;
 

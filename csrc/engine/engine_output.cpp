@@ -69,6 +69,7 @@ void Engine::finish(EngineSequence& sequence, FinishReason reason, StopReason wh
   }
   state_.waiting.erase(&sequence);
   release_slot(sequence);
+  drop_saved(sequence);
   mark_news(request);
   request.num_unfinished -= 1;
   if (request.num_unfinished > 0) return;
@@ -160,6 +161,7 @@ void Engine::check_integrity() const {
   const auto demand = [](bool holds, const char* what) {
     if (!holds) throw std::logic_error(what);
   };
+  demand(!requests_.empty() || saved_bytes_ == 0, "host memory is held for nobody");
   if (const auto problem = state_.kv.check_integrity()) throw std::logic_error(*problem);
   std::int32_t num_active = 0;
   for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {

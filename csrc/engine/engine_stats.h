@@ -32,6 +32,7 @@ struct EngineStats {
   std::int64_t num_cached_tokens = 0;   ///< prompt tokens that a cached prefix saved
   std::int64_t num_generated_tokens = 0;
   std::int64_t num_preemptions = 0;
+  std::int64_t num_saves = 0;  ///< preemptions into host memory; the others are computed again
   std::int64_t num_evictions = 0;
   std::int64_t num_decode_failures = 0;
   std::int64_t num_graphs_reused = 0;          ///< llama.cpp compute graphs that served again

@@ -34,6 +34,7 @@ std::vector<RequestId> Engine::run_step() {
 }
 
 void Engine::preempt(EngineSequence& sequence) {
+  save(sequence);
   backend_->remove(sequence.slot, 0, -1);
   state_.kv.remove(sequence.slot);
   std::erase(state_.running, &sequence);
@@ -44,6 +45,46 @@ void Engine::preempt(EngineSequence& sequence) {
   sequence.request->metrics.num_preemptions += 1;
   stats_.num_preemptions += 1;
   state_.waiting.push(&sequence);
+}
+
+// Copies the cells to host memory where that is allowed, has room and pays.
+void Engine::save(EngineSequence& sequence) {
+  if (sequence.num_computed == 0) return;
+  const std::size_t bytes = backend_->saved_size(sequence.slot);
+  if (bytes == 0 || saved_bytes_ + bytes > config_.max_saved_bytes) return;
+  if (!saving_pays(scheduler_.config().preemption, sequence.num_computed, bytes, state_.cost,
+                   state_.copy_speed)) {
+    return;
+  }
+  const double start = clock_();
+  sequence.saved_state.resize(bytes);
+  const std::size_t written = backend_->save(sequence.slot, sequence.saved_state);
+  saved_bytes_ += bytes;
+  if (written == 0) {
+    drop_saved(sequence);
+    return;
+  }
+  state_.copy_speed.observe(bytes, clock_() - start);
+  sequence.num_saved = sequence.num_computed;
+  stats_.num_saves += 1;
+}
+
+// Where the copy can't be restored, the sequence computes its tokens again.
+void Engine::restore(EngineSequence& sequence) {
+  const double start = clock_();
+  if (backend_->restore(sequence.slot, sequence.saved_state)) {
+    state_.copy_speed.observe(sequence.saved_state.size(), clock_() - start);
+    state_.kv.append(
+        sequence.slot,
+        std::span(sequence.tokens).first(static_cast<std::size_t>(sequence.num_saved)));
+  }
+  drop_saved(sequence);
+}
+
+void Engine::drop_saved(EngineSequence& sequence) {
+  saved_bytes_ -= sequence.saved_state.size();
+  sequence.saved_state = {};
+  sequence.num_saved = 0;
 }
 
 void Engine::evict(SeqId slot) {
@@ -58,6 +99,7 @@ void Engine::admit(const Admission& admission) {
   state_.waiting.erase(&sequence);
   sequence.slot = admission.slot;
   adopt_prefix(admission);
+  if (sequence.num_saved > 0) restore(sequence);
   sequence.num_computed = state_.kv.length(sequence.slot);
   const auto place =
       std::upper_bound(state_.running.begin(), state_.running.end(), &sequence,

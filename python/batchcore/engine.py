@@ -68,6 +68,8 @@ class EngineStats:
     """Prompt tokens that a cached prefix saved."""
     num_generated_tokens: int
     num_preemptions: int
+    num_saves: int
+    """Preemptions into host memory; the others are computed again."""
     num_evictions: int
     """Cached prefixes given up for their cells or their slot."""
     num_decode_failures: int
@@ -106,6 +108,8 @@ class Engine:
         prefix_caching: bool = True,
         prefill_policy: Literal["latency", "balanced", "throughput"] = "balanced",
         target_itl_ms: float | None = None,
+        preemption: Literal["auto", "recompute", "save"] = "auto",
+        max_saved_bytes: int = 1 << 30,
         max_queued_requests: int = 10_000,
         max_queued_tokens: int = 10_000_000,
         n_threads: int | None = None,
@@ -136,6 +140,9 @@ class Engine:
             prefill_policy: How much prompts may slow down sequences that decode.
             target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
                 with a prompt take 2.5 times as long as one without.
+            preemption: What becomes of a sequence whose cells are needed by others: its cells are
+                saved to host memory, or recomputed when it goes on; `auto` takes what is faster.
+            max_saved_bytes: Host memory for saved cells at most; beyond, they are recomputed.
             max_queued_requests: Requests that wait for a slot at most; beyond, QueueFullError.
             max_queued_tokens: Prompt tokens of those at most.
             n_threads: CPU threads; None means one per usable core.
@@ -161,6 +168,7 @@ class Engine:
         for name, value in (
             ("n_threads", n_threads),
             ("max_sequence_tokens", max_sequence_tokens),
+            ("max_saved_bytes", max_saved_bytes + 1),
         ):
             if value is not None:
                 _check_positive(**{name: value})
@@ -200,6 +208,8 @@ class Engine:
                     "prefill_policy": prefill_policy,
                     "target_itl_s": (target_itl_ms or 0.0) / 1e3,
                     "prefix_caching": prefix_caching,
+                    "preemption": preemption,
+                    "max_saved_bytes": max_saved_bytes,
                     "max_queued_requests": max_queued_requests,
                     "max_queued_tokens": max_queued_tokens,
                     "num_sampler_threads": threads,

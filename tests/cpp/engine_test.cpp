@@ -134,6 +134,33 @@ TEST_CASE("what batch a request runs in does not change its output") {
   }
 }
 
+TEST_CASE("a preempted sequence goes on as if nothing had happened, saved or computed again") {
+  for (const PreemptionMode mode : {PreemptionMode::kSave, PreemptionMode::kRecompute}) {
+    SimOptions options;
+    options.num_cells = 100;
+    options.preemption = mode;
+    SimEngine sim(options);
+    std::vector<RequestSpec> specs;
+    std::vector<std::shared_ptr<RequestChannel>> channels;
+    for (int i = 0; i < 4; ++i) {
+      RequestSpec spec = request({1, 2, static_cast<Token>(10 + i)}, 60);
+      spec.sampling.ignore_eos = true;
+      spec.sampling.temperature = 1.0F;
+      spec.sampling.repetition_penalty = 1.3F;
+      spec.sampling.seed = static_cast<std::uint64_t>(i);
+      specs.push_back(spec);
+      channels.push_back(sim.engine.submit(spec));
+    }
+    REQUIRE(sim.run());
+    CHECK(sim.engine.stats().num_preemptions > 0);
+    CHECK((sim.engine.stats().num_saves > 0) == (mode == PreemptionMode::kSave));
+    for (std::size_t i = 0; i < specs.size(); ++i) {
+      CHECK(collect(*channels[i]).completions[0].token_ids ==
+            run_alone(specs[i], options).completions[0].token_ids);
+    }
+  }
+}
+
 TEST_CASE("decoding sequences are in every step while a long prompt is taken in chunks") {
   SimEngine sim;
   RequestSpec first = request({1, 2, 3}, 60);
@@ -270,6 +297,7 @@ TEST_CASE("any order of submit, abort, timeout and step loses nothing") {
     options.memory = seed % 3 == 0 ? MemoryKind::kRecurrent : MemoryKind::kAttention;
     options.num_cells = options.layout == KvLayout::kUnified ? 90 : 8 * 90;
     options.prefix_caching = seed % 5 != 0;
+    options.preemption = seed % 4 == 2 ? PreemptionMode::kSave : PreemptionMode::kAuto;
     SimEngine sim(options);
     std::vector<std::pair<RequestSpec, std::shared_ptr<RequestChannel>>> all;
     for (int operation = 0; operation < 300; ++operation) {

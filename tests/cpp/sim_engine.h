@@ -33,6 +33,7 @@ struct SimOptions {
   std::int32_t cells_per_slot = 0;  ///< 0: what the layout gives
   std::int32_t n_ubatch = 32;
   bool prefix_caching = true;
+  PreemptionMode preemption = PreemptionMode::kAuto;
   std::int64_t max_queued_requests = 1000;
   SimCost cost = {};
 };
@@ -57,6 +58,8 @@ inline EngineConfig sim_config(const SimOptions& options) {
   EngineConfig config;
   config.scheduler.max_num_seqs = options.max_num_seqs;
   config.scheduler.prefix_caching = options.prefix_caching;
+  config.scheduler.preemption = options.preemption;
+  config.max_saved_bytes = std::size_t{1} << 20;
   config.max_queued_requests = options.max_queued_requests;
   config.max_queued_tokens = 1'000'000;
   config.check_integrity = true;
