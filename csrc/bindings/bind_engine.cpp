@@ -175,10 +175,10 @@ py::dict stats(const Engine& engine) {
       "num_cached_tokens"_a = s.num_cached_tokens,
       "num_generated_tokens"_a = s.num_generated_tokens, "num_preemptions"_a = s.num_preemptions,
       "num_saves"_a = s.num_saves, "num_evictions"_a = s.num_evictions,
-      "num_decode_failures"_a = s.num_decode_failures, "num_graphs_reused"_a = s.num_graphs_reused,
-      "num_finished"_a = finished, "plan_s"_a = s.seconds.plan, "decode_s"_a = s.seconds.decode,
-      "sample_s"_a = s.seconds.sample, "text_s"_a = s.seconds.text,
-      "publish_s"_a = s.seconds.publish);
+      "num_decode_failures"_a = s.num_decode_failures, "num_rebuilds"_a = s.num_rebuilds,
+      "num_graphs_reused"_a = s.num_graphs_reused, "num_finished"_a = finished,
+      "plan_s"_a = s.seconds.plan, "decode_s"_a = s.seconds.decode, "sample_s"_a = s.seconds.sample,
+      "text_s"_a = s.seconds.text, "publish_s"_a = s.seconds.publish);
 }
 
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;

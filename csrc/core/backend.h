@@ -76,6 +76,10 @@ class Backend {
   /// Asks a running decode() to return early with kInterrupted, where the device can. Any thread.
   virtual void interrupt() = 0;
 
+  /// Sets everything up anew after the device failed; what every sequence held is lost. False where
+  /// that is of no use. Throws EngineError where it can't be had.
+  virtual bool rebuild() { return false; }
+
   /// Why the last decode() did not return kOk, in words; empty where there is nothing to add.
   [[nodiscard]] virtual std::string last_error() const { return {}; }
 

@@ -284,7 +284,8 @@ class Planner {
     }
     const bool one_row =
         candidate->num_tokens() - std::max(admission.prefix_length, num_saved) == 1;
-    if (!one_row && budget_ <= 0) return false;
+    // In streams a single row joins the decode call, which has room for every slot.
+    if (budget_ <= 0 && (unified_ || !one_row)) return false;
     if (!alone && !fits_in_future(*candidate, admission.prefix_length)) return false;
 
     const std::size_t num_kept = kept_.size();
@@ -299,6 +300,7 @@ class Planner {
       if (one_row) {
         decoding_.push_back(candidate);
         planned_cells_ += 1;
+        if (unified_) budget_ -= 1;
         return true;
       }
       if (plan_chunk(candidate, std::max(admission.prefix_length, num_saved), alone) > 0) {

@@ -22,7 +22,7 @@ struct SimCost {
   double kv_token_s = 0.0;  ///< per KV token that a row attends to
 };
 
-class SimBackend final : public Backend {
+class SimBackend : public Backend {
  public:
   SimBackend(const BackendInfo& info, const SimCost& cost);
 

@@ -98,10 +98,14 @@ class Engine {
   void evict(SeqId slot);
   void admit(const Admission& admission);
   void adopt_prefix(const Admission& admission);
+  void run_micro_batches(const StepPlan& plan);
   void run_micro_batch(std::span<const PlannedRows> rows);
   DecodeStatus decode();
   void handle_failure(std::span<const PlannedRows> rows, DecodeStatus status);
   void reconcile(EngineSequence& sequence);
+  void forget(EngineSequence& sequence);
+  void rebuild_backend();
+  void evict_all();
   void advance(std::span<const PlannedRows> rows);
   void fork(EngineSequence& leader);
   void sample_rows();

@@ -31,6 +31,7 @@ struct EngineSequence : Sequence {
   StopMatcher stops;
   CompletionDelta delta;  ///< gained since the last publish
   bool is_finished = false;
+  bool is_suspect = false;  ///< was in a batch that failed: computed alone until that succeeds
   std::vector<std::uint8_t> saved_state;
 };
 

@@ -35,6 +35,7 @@ struct EngineStats {
   std::int64_t num_saves = 0;  ///< preemptions into host memory; the others are computed again
   std::int64_t num_evictions = 0;
   std::int64_t num_decode_failures = 0;
+  std::int64_t num_rebuilds = 0;               ///< of the context, after the device had failed
   std::int64_t num_graphs_reused = 0;          ///< llama.cpp compute graphs that served again
   std::array<std::int64_t, 5> num_finished{};  ///< requests by FinishReason
   PhaseSeconds seconds;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "core/errors.h"
 #include "engine/engine.h"
@@ -25,10 +26,7 @@ std::vector<RequestId> Engine::run_step() {
   for (Sequence* sequence : plan.preemptions) preempt(of(sequence));
   for (const SeqId slot : plan.evictions) evict(slot);
   for (const Admission& admission : plan.admissions) admit(admission);
-  for (const PlannedMicroBatch& planned : plan.micro_batches) {
-    if (closing_) break;
-    run_micro_batch(planned.rows);
-  }
+  run_micro_batches(plan);
   if (config_.check_integrity) check_integrity();
   return publish();
 }
@@ -41,6 +39,7 @@ void Engine::preempt(EngineSequence& sequence) {
   sequence.slot = -1;
   sequence.num_computed = 0;
   sequence.num_shared = 0;
+  sequence.is_suspect = false;
   sequence.num_preemptions += 1;
   sequence.request->metrics.num_preemptions += 1;
   stats_.num_preemptions += 1;
@@ -134,6 +133,22 @@ void Engine::adopt_prefix(const Admission& admission) {
   sequence.num_shared = admission.prefix_length;
 }
 
+void Engine::run_micro_batches(const StepPlan& plan) {
+  std::vector<PlannedRows> together;
+  for (const PlannedMicroBatch& planned : plan.micro_batches) {
+    together.clear();
+    for (const PlannedRows& rows : planned.rows) {
+      if (!of(rows.sequence).is_suspect) {
+        together.push_back(rows);
+      } else if (!closing_) {
+        run_micro_batch(std::span(&rows, 1));
+      }
+    }
+    if (closing_) return;
+    run_micro_batch(together);
+  }
+}
+
 void Engine::run_micro_batch(std::span<const PlannedRows> rows) {
   std::vector<PlannedRows> live;
   live.reserve(rows.size());
@@ -184,36 +199,57 @@ DecodeStatus Engine::decode() {
   }
 }
 
-// The memory may hold any prefix of the failed batch. It is cut back to what is accounted for, and
-// the halves are tried on their own, until what fails is a single sequence: that one is at fault.
+// The memory may hold any prefix of the failed batch: it is cut back to what is accounted for. From
+// then on each sequence of the batch is computed alone, until that succeeds; the one that fails
+// alone is at fault, and nobody else pays for it.
 void Engine::handle_failure(std::span<const PlannedRows> rows, DecodeStatus status) {
   for (const PlannedRows& planned : rows) reconcile(of(planned.sequence));
   if (status == DecodeStatus::kInterrupted) return;  // the next step computes the same again
   stats_.num_decode_failures += 1;
-  if (rows.size() > 1) {
-    const std::vector<PlannedRows> all(rows.begin(), rows.end());
-    const auto half = std::span(all).first(all.size() / 2);
-    run_micro_batch(half);
-    run_micro_batch(std::span(all).subspan(half.size()));
-    return;
+  const std::string reason = backend_->last_error();
+  if (status == DecodeStatus::kNoSlot) evict_all();
+  if (status == DecodeStatus::kComputeFailed) rebuild_backend();
+  for (const PlannedRows& planned : rows) {
+    EngineSequence& sequence = of(planned.sequence);
+    if (!std::exchange(sequence.is_suspect, true)) continue;
+    const int code = static_cast<int>(status);
+    std::string message =
+        "the model could not compute this request (status " + std::to_string(code) + ")";
+    if (!reason.empty()) message += ": " + reason;
+    finish_request(*sequence.request, FinishReason::kError,
+                   std::make_exception_ptr(DecodeError(message, code)));
   }
-  const int code = static_cast<int>(status);
-  std::string message =
-      "the model could not compute this request (status " + std::to_string(code) + ")";
-  if (const std::string reason = backend_->last_error(); !reason.empty()) message += ": " + reason;
-  finish_request(*of(rows.front().sequence).request, FinishReason::kError,
-                 std::make_exception_ptr(DecodeError(message, code)));
 }
 
 void Engine::reconcile(EngineSequence& sequence) {
-  if (backend_->pos_max(sequence.slot) == sequence.num_computed - 1) return;
-  const bool can_cut = backend_->pos_max(sequence.slot) >= sequence.num_computed &&
-                       backend_->remove(sequence.slot, sequence.num_computed, -1);
-  if (can_cut) return;
+  const Position held = backend_->pos_max(sequence.slot) + 1;
+  if (held == sequence.num_computed) return;
+  if (held > sequence.num_computed && backend_->remove(sequence.slot, sequence.num_computed, -1)) {
+    return;
+  }
   backend_->remove(sequence.slot, 0, -1);
+  forget(sequence);
+}
+
+// The cells of a running sequence are gone; it computes its tokens again.
+void Engine::forget(EngineSequence& sequence) {
   state_.kv.truncate(sequence.slot, 0);
   sequence.num_computed = 0;
   sequence.num_shared = 0;
+}
+
+void Engine::evict_all() {
+  for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
+    if (state_.kv.state(slot) == KvTree::SlotState::kCached) evict(slot);
+  }
+}
+
+// After a failure of the device nothing that it holds can be trusted.
+void Engine::rebuild_backend() {
+  if (!backend_->rebuild()) return;
+  stats_.num_rebuilds += 1;
+  evict_all();
+  for (Sequence* sequence : state_.running) forget(of(sequence));
 }
 
 void Engine::advance(std::span<const PlannedRows> rows) {
@@ -223,6 +259,7 @@ void Engine::advance(std::span<const PlannedRows> rows) {
     state_.kv.append(sequence.slot, tokens.subspan(static_cast<std::size_t>(sequence.num_computed),
                                                    static_cast<std::size_t>(planned.count)));
     sequence.num_computed += planned.count;
+    of(&sequence).is_suspect = false;
     state_.last_used[static_cast<std::size_t>(sequence.slot)] = step_number_;
   }
 }

@@ -73,6 +73,8 @@ class EngineStats:
     num_evictions: int
     """Cached prefixes given up for their cells or their slot."""
     num_decode_failures: int
+    num_rebuilds: int
+    """Contexts set up anew after the device had failed."""
     num_graphs_reused: int
     """Decode calls that reused the compute graph of the one before."""
     num_finished: dict[str, int]

@@ -4,6 +4,7 @@
 
 #include <map>
 #include <random>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -15,6 +16,7 @@ namespace batchcore {
 namespace {
 
 using testing::collect;
+using testing::FaultyBackend;
 using testing::request;
 using testing::Result;
 using testing::SimEngine;
@@ -127,6 +129,7 @@ TEST_CASE("what batch a request runs in does not change its output") {
           CHECK(together.completions[k].text == alone.completions[k].text);
         }
       }
+      CHECK(sim.engine.stats().num_decode_failures == 0);
       if (layout == KvLayout::kUnified && memory == MemoryKind::kAttention) {
         CHECK(sim.engine.stats().num_preemptions > 0);
       }
@@ -288,7 +291,87 @@ TEST_CASE("closing ends every request with a typed error") {
   }
 }
 
-TEST_CASE("any order of submit, abort, timeout and step loses nothing") {
+constexpr DecodeStatus kFailures[] = {DecodeStatus::kNoSlot, DecodeStatus::kInterrupted,
+                                      DecodeStatus::kInvalidBatch, DecodeStatus::kAllocFailed,
+                                      DecodeStatus::kComputeFailed};
+
+// Fails one call in `one_in`, but never one with a slot whose last call failed: a request that
+// fails twice in a row is at fault, and these tests are about those that are not.
+auto passing_failures(std::mt19937& random, unsigned one_in, std::vector<DecodeStatus> kinds) {
+  return [&random, one_in, kinds, owed = std::set<SeqId>()](const MicroBatch& batch) mutable {
+    std::set<SeqId> slots(batch.seq_ids.begin(), batch.seq_ids.end());
+    const bool spared =
+        std::any_of(slots.begin(), slots.end(), [&](SeqId slot) { return owed.count(slot) > 0; });
+    if (spared || random() % one_in != 0) {
+      for (const SeqId slot : slots) owed.erase(slot);
+      return DecodeStatus::kOk;
+    }
+    owed.insert(slots.begin(), slots.end());
+    return kinds[random() % kinds.size()];
+  };
+}
+
+TEST_CASE("a passing failure of any kind costs no request anything") {
+  for (const DecodeStatus failure : kFailures) {
+    for (const MemoryKind memory : {MemoryKind::kAttention, MemoryKind::kRecurrent}) {
+      CAPTURE(static_cast<int>(failure));
+      CAPTURE(static_cast<int>(memory));
+      SimOptions options;
+      options.memory = memory;
+      auto owned = std::make_unique<FaultyBackend>(testing::sim_info(options), options.cost);
+      FaultyBackend& backend = *owned;
+      SimEngine sim(std::move(owned), options);
+      std::mt19937 random(5);
+      backend.leaves_a_part =
+          static_cast<int>(failure) < -1 || failure == DecodeStatus::kInterrupted;
+      backend.fault = passing_failures(random, 4, {failure});
+      std::vector<std::pair<RequestSpec, std::shared_ptr<RequestChannel>>> all;
+      for (int i = 0; i < 8; ++i) {
+        RequestSpec spec = request(Tokens(static_cast<std::size_t>(3 + 9 * i), 3 + i), 12);
+        spec.sampling.n = 1 + i % 2;
+        all.emplace_back(spec, sim.engine.submit(spec));
+      }
+      REQUIRE(sim.run());
+      for (const auto& [spec, channel] : all) {
+        const Result result = collect(*channel);
+        const Result alone = run_alone(spec, options);
+        for (std::size_t k = 0; k < alone.completions.size(); ++k) {
+          CHECK(result.completions[k].token_ids == alone.completions[k].token_ids);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a request that always fails ends with its error, and takes nobody with it") {
+  for (const DecodeStatus failure : kFailures) {
+    if (failure == DecodeStatus::kInterrupted) continue;
+    CAPTURE(static_cast<int>(failure));
+    SimOptions options;
+    auto owned = std::make_unique<FaultyBackend>(testing::sim_info(options), options.cost);
+    FaultyBackend& backend = *owned;
+    SimEngine sim(std::move(owned), options);
+    backend.fault = [&](const MicroBatch& batch) {
+      const bool poisoned = std::count(batch.tokens.begin(), batch.tokens.end(), 13) > 0;
+      if (poisoned && failure == DecodeStatus::kComputeFailed) throw std::runtime_error("device");
+      return poisoned ? failure : DecodeStatus::kOk;
+    };
+    std::vector<std::shared_ptr<RequestChannel>> channels;
+    for (int i = 0; i < 6; ++i) {
+      RequestSpec spec = request({1, 2, static_cast<Token>(i == 2 ? 13 : 20 + i)}, 10);
+      spec.sampling.logit_bias = {{13, -100.0F}};
+      channels.push_back(sim.engine.submit(spec));
+    }
+    REQUIRE(sim.run());
+    for (std::size_t i = 0; i < channels.size(); ++i) {
+      const Result result = collect(*channels[i]);
+      CHECK((result.completions[0].finish_reason == FinishReason::kError) == (i == 2));
+      if (i == 2) CHECK_THROWS_AS(std::rethrow_exception(result.error), DecodeError);
+    }
+  }
+}
+
+TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing") {
   for (unsigned seed = 0; seed < 40; ++seed) {
     CAPTURE(seed);
     std::mt19937 random(seed);
@@ -298,7 +381,11 @@ TEST_CASE("any order of submit, abort, timeout and step loses nothing") {
     options.num_cells = options.layout == KvLayout::kUnified ? 90 : 8 * 90;
     options.prefix_caching = seed % 5 != 0;
     options.preemption = seed % 4 == 2 ? PreemptionMode::kSave : PreemptionMode::kAuto;
-    SimEngine sim(options);
+    auto owned = std::make_unique<FaultyBackend>(testing::sim_info(options), options.cost);
+    owned->leaves_a_part = seed % 2 == 1;
+    owned->fault = passing_failures(random, 20, {std::begin(kFailures), std::end(kFailures)});
+    FaultyBackend& backend = *owned;
+    SimEngine sim(std::move(owned), options);
     std::vector<std::pair<RequestSpec, std::shared_ptr<RequestChannel>>> all;
     for (int operation = 0; operation < 300; ++operation) {
       switch (random() % 6) {
@@ -338,6 +425,7 @@ TEST_CASE("any order of submit, abort, timeout and step loses nothing") {
       REQUIRE(result.completions[0].token_ids ==
               run_alone(again, options).completions[0].token_ids);
     }
+    CHECK(backend.num_refused == 0);
     CHECK(sim.engine.stats().num_running == 0);
     CHECK(sim.engine.stats().num_waiting == 0);
     CHECK(sim.engine.stats().num_active_cells == 0);

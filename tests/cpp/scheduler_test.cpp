@@ -177,6 +177,16 @@ TEST_CASE("the last token of a prompt is always computed") {
   CHECK(Scene::rows(plan.micro_batches.at(0)) == "1x1");
 }
 
+TEST_CASE("a call never has more rows than it may, whoever joins it") {
+  Scene scene;
+  scene.caches(2, numbers(1, 8), 5);
+  scene.runs(0, numbers(30, 40), 10, 4);
+  scene.waits(numbers(1, 8));
+  const StepPlan plan = scene.plan();
+  CHECK(Scene::rows(plan.micro_batches.at(0)) == "1x16");
+  CHECK(plan.admissions.empty());
+}
+
 TEST_CASE("who shares a long prefix with a prompt in the making waits for it") {
   Scene scene(KvLayout::kUnified, 512);
   scene.waits(numbers(1, 60));

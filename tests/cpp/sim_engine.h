@@ -1,6 +1,8 @@
 // An engine over a SimBackend on virtual time, driven step by step, for the tests.
 #pragma once
 
+#include <cstddef>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -65,6 +67,37 @@ inline EngineConfig sim_config(const SimOptions& options) {
   config.check_integrity = true;
   return config;
 }
+
+/// Fails where a test wants it to: `fault` says what becomes of a decode call before it is made.
+struct FaultyBackend : SimBackend {
+  using SimBackend::SimBackend;
+
+  DecodeStatus decode(const MicroBatch& batch) override {
+    const DecodeStatus status = fault ? fault(batch) : DecodeStatus::kOk;
+    if (status == DecodeStatus::kOk) {
+      const DecodeStatus real = SimBackend::decode(batch);
+      num_refused += real == DecodeStatus::kOk ? 0 : 1;
+      return real;
+    }
+    if (leaves_a_part) {
+      MicroBatch part;
+      const std::size_t half = (batch.size() + 1) / 2;
+      for (std::size_t i = 0; i < half; ++i) {
+        part.add(batch.tokens[i], batch.positions[i], batch.seq_ids[i], false);
+      }
+      (void)SimBackend::decode(part);
+    }
+    return status;
+  }
+  bool rebuild() override {
+    for (SeqId slot = 0; slot < info().num_slots; ++slot) remove(slot, 0, -1);
+    return true;
+  }
+
+  std::function<DecodeStatus(const MicroBatch&)> fault;
+  bool leaves_a_part = false;
+  int num_refused = 0;  ///< calls that the engine should not have made
+};
 
 struct SimEngine {
   explicit SimEngine(const SimOptions& options = {})
