@@ -102,7 +102,7 @@ def measure(model: Model, kv_layout: Any, n_threads: int, repeats: int) -> Resul
             for rows in ROWS:
                 decode_seconds(context, rows)  # leaves its compute graph for the next one
                 decode_times[rows].append(decode_seconds(context, rows))
-    n_prompt = 1024
+    n_prompt = 512
     with Context(
         model, n_ctx=2 * n_prompt, n_outputs_max=1, n_threads=n_threads, kv_layout=kv_layout
     ) as context:
@@ -169,6 +169,7 @@ def plot(result: Result, file: Path) -> None:
     right.set_title("Prefill")
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result.model}, {result.kv_layout}, {result.n_threads} threads")
     figure.savefig(file, dpi=150)
