@@ -33,24 +33,44 @@ void LlamaBackend::BatchDeleter::operator()(llama_batch_ext* batch) const {
 }
 
 LlamaBackend::LlamaBackend(std::shared_ptr<const LlamaModel> model, const ContextParams& params)
-    : context_(require_generation(std::move(model)), one_micro_batch_per_call(params)),
-      memory_(llama_get_memory(context_.get())),
-      batch_(llama_batch_ext_init(context_.get())) {
-  if (memory_ == nullptr) {
-    throw ConfigError("can't generate with this model: llama.cpp keeps no memory for it");
-  }
-  const ContextParams& effective = context_.params();
+    : model_(require_generation(std::move(model))), params_(one_micro_batch_per_call(params)) {
+  create();
+  const ContextParams& effective = context_->params();
   info_ = {
-      .n_vocab = context_.model().n_vocab(),
+      .n_vocab = model_->n_vocab(),
       .num_slots = effective.num_slots,
       .num_cells = effective.n_ctx,
-      .cells_per_slot = context_.cells_per_slot(),
+      .cells_per_slot = context_->cells_per_slot(),
       .n_ubatch = effective.n_ubatch,
       .max_outputs = effective.max_outputs,
       .layout = effective.layout,
-      .memory = context_.model().memory_kind(),
+      .memory = model_->memory_kind(),
   };
   next_position_.assign(static_cast<std::size_t>(info_.num_slots), -1);
+}
+
+void LlamaBackend::create() {
+  context_ = std::make_unique<Context>(model_, params_);
+  memory_ = llama_get_memory(context_->get());
+  if (memory_ == nullptr) {
+    throw ConfigError("can't generate with this model: llama.cpp keeps no memory for it");
+  }
+  batch_.reset(llama_batch_ext_init(context_->get()));
+}
+
+bool LlamaBackend::rebuild() {
+  const std::lock_guard lock(context_mutex_);
+  batch_.reset();
+  context_.reset();  // first: there may be no room for two
+  pending_copies_.clear();
+  has_logits_.clear();
+  create();
+  return true;
+}
+
+void LlamaBackend::interrupt() {
+  const std::lock_guard lock(context_mutex_);
+  if (context_ != nullptr) context_->interrupt();
 }
 
 LlamaBackend::~LlamaBackend() = default;
@@ -67,7 +87,7 @@ DecodeStatus LlamaBackend::decode(const MicroBatch& batch) {
   const LogCapture capture;
   std::int32_t code = 0;
   try {
-    code = llama_process(context_.get(), LLAMA_PROCESS_TYPE_DECODE, batch_.get());
+    code = llama_process(context_->get(), LLAMA_PROCESS_TYPE_DECODE, batch_.get());
   } catch (const std::bad_alloc&) {
     last_error_ = "out of memory";
     code = -2;
@@ -77,7 +97,7 @@ DecodeStatus LlamaBackend::decode(const MicroBatch& batch) {
     code = last_error_.find("alloc") != std::string::npos ? -2 : -3;
   }
   // Interrupts count for the call they reach. Any outcome but -1 has carried out pending copies.
-  context_.clear_interrupt();
+  context_->clear_interrupt();
   if (code != -1) pending_copies_.clear();
   if (code == 0) {
     has_logits_.assign(batch.outputs.begin(), batch.outputs.end());
@@ -116,7 +136,7 @@ std::string LlamaBackend::why_invalid(const MicroBatch& batch) {
     return "the batch asks for " + std::to_string(outputs) +
            " rows of logits, more than max_outputs (" + std::to_string(info_.max_outputs) + ")";
   }
-  const Position limit = context_.model().position_limit();
+  const Position limit = context_->model().position_limit();
   std::fill(next_position_.begin(), next_position_.end(), -1);
   for (std::size_t i = 0; i < size; ++i) {
     const SeqId seq_id = batch.seq_ids[i];
@@ -154,7 +174,7 @@ bool LlamaBackend::fill(const MicroBatch& batch) {
 const float* LlamaBackend::logits(std::int32_t index) {
   const auto row = static_cast<std::size_t>(index);
   if (index < 0 || row >= has_logits_.size() || has_logits_[row] == 0) return nullptr;
-  return llama_get_logits_ith(context_.get(), index);  // waits for the device
+  return llama_get_logits_ith(context_->get(), index);  // waits for the device
 }
 
 Position LlamaBackend::pos_min(SeqId seq_id) const {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -37,17 +38,21 @@ class LlamaBackend final : public Backend {
   bool restore(SeqId seq_id, std::span<const std::uint8_t> from) override;
 
   /// Sticks until a decode() has seen it, so that one sent between two calls is not lost.
-  void interrupt() override { context_.interrupt(); }
+  void interrupt() override;
+
+  /// A new context with the same parameters.
+  bool rebuild() override;
 
   [[nodiscard]] std::string last_error() const override { return last_error_; }
   [[nodiscard]] std::int64_t num_graphs_reused() const override {
-    return context_.num_graphs_reused();
+    return context_->num_graphs_reused();
   }
 
   /// The context beneath: effective parameters, warnings, memory and graph figures.
-  [[nodiscard]] const Context& context() const { return context_; }
+  [[nodiscard]] const Context& context() const { return *context_; }
 
  private:
+  void create();
   [[nodiscard]] bool in_range(SeqId seq_id) const {
     return seq_id >= 0 && seq_id < info_.num_slots;
   }
@@ -59,7 +64,10 @@ class LlamaBackend final : public Backend {
   bool copy_state(SeqId from, SeqId to);
   void forget(SeqId seq_id);
 
-  Context context_;
+  const std::shared_ptr<const LlamaModel> model_;
+  const ContextParams params_;
+  std::mutex context_mutex_;  // between rebuild() and interrupt(), which may come from any thread
+  std::unique_ptr<Context> context_;
   BackendInfo info_;
   llama_memory_i* memory_ = nullptr;
   struct BatchDeleter {

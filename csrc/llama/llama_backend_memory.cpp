@@ -12,7 +12,7 @@ namespace batchcore {
 // Whether a sequence that holds [held_from, end) can go on at `end`: with a sliding window, the
 // layers that have one need the last n_swa positions, and llama.cpp does not notice a hole.
 bool LlamaBackend::window_allows(Position held_from, Position end) const {
-  const std::int32_t window = context_.model().n_swa();
+  const std::int32_t window = context_->model().n_swa();
   return window <= 0 || held_from <= std::max(0, end - window);
 }
 
@@ -56,7 +56,7 @@ bool LlamaBackend::copy(SeqId from, SeqId to, Position end) {
     llama_memory_seq_cp(memory_, from, to, 0, whole ? -1 : end);
     copied = true;
   } else if ((whole || info_.memory != MemoryKind::kSlidingWindow ||
-              length <= context_.model().n_swa()) &&
+              length <= context_->model().n_swa()) &&
              !copy_pending(from) && !copy_pending(to)) {
     copied = copy_state(from, to);
   } else {
@@ -85,7 +85,7 @@ bool LlamaBackend::copy_cells(SeqId from, SeqId to) {
 
 std::size_t LlamaBackend::saved_size(SeqId seq_id) {
   if (!in_range(seq_id)) return 0;
-  return llama_state_seq_get_size(context_.get(), seq_id);
+  return llama_state_seq_get_size(context_->get(), seq_id);
 }
 
 std::size_t LlamaBackend::save(SeqId seq_id, std::span<std::uint8_t> into) {
@@ -94,7 +94,7 @@ std::size_t LlamaBackend::save(SeqId seq_id, std::span<std::uint8_t> into) {
   // llama.cpp queues its reads before it notices that the buffer ends.
   if (into.size() < saved_size(seq_id)) return 0;
   try {
-    return llama_state_seq_get_data(context_.get(), into.data(), into.size(), seq_id);
+    return llama_state_seq_get_data(context_->get(), into.data(), into.size(), seq_id);
   } catch (const std::exception& error) {
     last_error_ = error.what();
     return 0;
@@ -109,7 +109,7 @@ bool LlamaBackend::restore(SeqId seq_id, std::span<const std::uint8_t> from) {
   const LogCapture capture;
   std::size_t size = 0;
   try {
-    size = llama_state_seq_set_data(context_.get(), from.data(), from.size(), seq_id);
+    size = llama_state_seq_set_data(context_->get(), from.data(), from.size(), seq_id);
   } catch (const std::exception& error) {
     last_error_ = error.what();
   }
