@@ -49,7 +49,7 @@ def sanitize(session: nox.Session, sanitizer: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Run every linter and type checker; the package is installed, because stubtest looks inside."""
+    """Run every linter and type checker; stubtest needs the package installed."""
     session.install(".[dev,hf,plot]")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
