@@ -57,6 +57,15 @@ class Planner {
            plan_.preemptions.end();
   }
 
+  [[nodiscard]] bool is_cached(SeqId slot) const {
+    return slot >= 0 && state_.kv.state(slot) == KvTree::SlotState::kCached;
+  }
+
+  [[nodiscard]] bool serves_whole_slots_only() const {
+    return state_.info.memory == MemoryKind::kRecurrent ||
+           state_.info.memory == MemoryKind::kHybrid;
+  }
+
   [[nodiscard]] std::int32_t free_cells() const {
     return state_.info.num_cells - state_.kv.num_cells() + state_.kv.cells_freed_by(removed_) -
            planned_cells_;
@@ -182,7 +191,7 @@ class Planner {
 
   // Past-Future admission (arXiv 2507.10150): with the sequences sorted by what they still have to
   // generate, the memory peaks when one of them ends; every such peak has to fit.
-  [[nodiscard]] bool fits_in_future(const Sequence& candidate, std::int32_t prefix_length) const {
+  [[nodiscard]] bool fits_in_future(const Sequence& candidate, const PrefixMatch& prefix) const {
     if (!unified_) return true;
     struct Growth {
       std::int32_t remaining;
@@ -208,8 +217,11 @@ class Planner {
     }
     for (const Admission& admission : plan_.admissions) {
       add(*admission.sequence, admission.prefix_length, admission.prefix_length);
+      if (is_cached(admission.prefix_slot)) base += admission.prefix_length;
     }
-    add(candidate, prefix_length, prefix_length);
+    add(candidate, prefix.length, prefix.length);
+    // Cells of a cached prefix are not active yet; where two share one, this counts them twice.
+    if (prefix.is_cached) base += prefix.length;
     std::sort(growths.begin(), growths.end(),
               [](const Growth& a, const Growth& b) { return a.remaining > b.remaining; });
     std::int64_t own = 0;
@@ -224,11 +236,14 @@ class Planner {
 
   // True where a running sequence is about to compute a good part of what `candidate` needs.
   [[nodiscard]] bool is_worth_waiting(const Sequence& candidate, std::int32_t have) const {
+    // A recurrent state has moved past the common part by the time it can be copied.
+    if (serves_whole_slots_only()) return false;
+    const std::int32_t least = unified_ ? kMinWorthWaiting : kMinStreamCopy;
     const auto reaches = [&](const Sequence& other, std::int32_t computed) {
       if (other.num_tokens() - computed <= 1) return false;
       const std::int32_t common = common_prefix(candidate.tokens, other.tokens);
-      return common > computed && common - std::max(have, computed) >= kMinWorthWaiting &&
-             common - have >= kMinWorthWaiting;
+      return common > computed && common - std::max(have, computed) >= least &&
+             common - have >= least;
     };
     for (const Sequence* other : state_.running) {
       if (!is_preempted(other) && reaches(*other, other->num_computed)) return true;
@@ -239,11 +254,9 @@ class Planner {
 
   [[nodiscard]] PrefixMatch find_prefix(const Sequence& sequence) const {
     if (!config_.prefix_caching) return {};
-    const bool whole =
-        state_.info.memory == MemoryKind::kRecurrent || state_.info.memory == MemoryKind::kHybrid;
     // The last token is always computed: its logits are what the step is for.
     const std::span<const Token> prompt(sequence.tokens.data(), sequence.tokens.size() - 1);
-    const PrefixMatch match = state_.kv.longest_match(prompt, whole);
+    const PrefixMatch match = state_.kv.longest_match(prompt, serves_whole_slots_only());
     if (match.length == 0 || contains(removed_, match.slot)) return {};
     if (!unified_ && !match.is_cached && match.length < kMinStreamCopy) return {};
     return match;
@@ -286,7 +299,7 @@ class Planner {
         candidate->num_tokens() - std::max(admission.prefix_length, num_saved) == 1;
     // In streams a single row joins the decode call, which has room for every slot.
     if (budget_ <= 0 && (unified_ || !one_row)) return false;
-    if (!alone && !fits_in_future(*candidate, admission.prefix_length)) return false;
+    if (!alone && !fits_in_future(*candidate, match)) return false;
 
     const std::size_t num_kept = kept_.size();
     const std::size_t num_taken = taken_.size();

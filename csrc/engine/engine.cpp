@@ -143,16 +143,20 @@ void Engine::run() {
     try {
       run_step();
     } catch (const std::exception& error) {
-      // A defect of ours: nothing about the state can be trusted, so nobody is left waiting for it.
-      {
-        const std::lock_guard lock(inbox_mutex_);
-        closing_ = true;
-      }
-      fail_all(
-          std::make_exception_ptr(EngineError(std::string("internal error: ") + error.what())));
+      fail_for_good(error);
       return;
     }
   }
+}
+
+// A defect of ours, or a device that is lost: nothing about the state can be trusted, so nobody is
+// left waiting for it.
+void Engine::fail_for_good(const std::exception& error) {
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    closing_ = true;
+  }
+  fail_all(std::make_exception_ptr(EngineError(std::string("the engine failed: ") + error.what())));
 }
 
 std::vector<RequestId> Engine::step() {
@@ -163,7 +167,12 @@ std::vector<RequestId> Engine::step() {
     const std::lock_guard lock(inbox_mutex_);
     if (closing_) throw EngineClosedError("the engine is closed");
   }
-  return run_step();
+  try {
+    return run_step();
+  } catch (const std::exception& error) {
+    fail_for_good(error);
+    throw;
+  }
 }
 
 void Engine::take_in() {
@@ -234,6 +243,7 @@ void Engine::close() {
 }
 
 EngineStats Engine::stats() const {
+  check_process();
   const std::lock_guard lock(stats_mutex_);
   return published_stats_;
 }

@@ -88,6 +88,7 @@ class Engine {
   void accept(std::unique_ptr<EngineRequest> request);
   void expire(double now);
   void fail_all(const std::exception_ptr& error);
+  void fail_for_good(const std::exception& error);
 
   // engine_step.cpp: carrying out a plan.
   std::vector<RequestId> run_step();

@@ -5,6 +5,7 @@
 #include <iterator>
 #include <utility>
 
+#include "core/errors.h"
 #include "engine/notifier.h"
 
 namespace batchcore {
@@ -53,12 +54,20 @@ void RequestChannel::publish(RequestUpdate update) {
   if (is_news && notifier_ != nullptr) notifier_->mark(id_);
 }
 
+void RequestChannel::check_process() const {
+  if (getpid() != process_) {
+    throw EngineError("this request belongs to the process that submitted it, not to a fork of it");
+  }
+}
+
 std::optional<RequestUpdate> RequestChannel::take() {
+  check_process();
   const std::lock_guard lock(mutex_);
   return std::exchange(pending_, std::nullopt);
 }
 
 bool RequestChannel::wait(double timeout_s) {
+  check_process();
   std::unique_lock lock(mutex_);
   return ready_.wait_for(lock, std::chrono::duration<double>(timeout_s),
                          [this] { return pending_.has_value() || finished_; });

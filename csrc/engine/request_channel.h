@@ -3,6 +3,8 @@
 // holds up the engine.
 #pragma once
 
+#include <unistd.h>
+
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -15,7 +17,7 @@ namespace batchcore {
 class RequestChannel {
  public:
   RequestChannel(RequestId id, std::shared_ptr<Notifier> notifier)
-      : id_(id), notifier_(std::move(notifier)) {}
+      : id_(id), process_(getpid()), notifier_(std::move(notifier)) {}
 
   [[nodiscard]] RequestId id() const { return id_; }
 
@@ -32,7 +34,10 @@ class RequestChannel {
   [[nodiscard]] bool is_finished() const;
 
  private:
+  void check_process() const;
+
   const RequestId id_;
+  const int process_;
   const std::shared_ptr<Notifier> notifier_;
   mutable std::mutex mutex_;
   std::condition_variable ready_;

@@ -61,10 +61,11 @@ void LlamaBackend::create() {
 bool LlamaBackend::rebuild() {
   const std::lock_guard lock(context_mutex_);
   batch_.reset();
+  memory_ = nullptr;
   context_.reset();  // first: there may be no room for two
   pending_copies_.clear();
   has_logits_.clear();
-  create();
+  create();  // where it throws, this backend holds nothing and fails every decode
   return true;
 }
 
@@ -77,6 +78,10 @@ LlamaBackend::~LlamaBackend() = default;
 
 DecodeStatus LlamaBackend::decode(const MicroBatch& batch) {
   has_logits_.clear();
+  if (memory_ == nullptr) {
+    last_error_ = "the context was lost";
+    return DecodeStatus::kComputeFailed;
+  }
   last_error_ = why_invalid(batch);
   if (!last_error_.empty()) return DecodeStatus::kInvalidBatch;
   if (!fill(batch)) {

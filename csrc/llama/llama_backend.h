@@ -45,7 +45,7 @@ class LlamaBackend final : public Backend {
 
   [[nodiscard]] std::string last_error() const override { return last_error_; }
   [[nodiscard]] std::int64_t num_graphs_reused() const override {
-    return context_->num_graphs_reused();
+    return context_ == nullptr ? 0 : context_->num_graphs_reused();
   }
 
   /// The context beneath: effective parameters, warnings, memory and graph figures.

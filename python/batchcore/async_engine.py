@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchcore import _core
 from batchcore.engine import Engine, submit_to
-from batchcore.errors import ConfigError, EngineError
+from batchcore.errors import ConfigError, EngineClosedError, EngineError
 from batchcore.handle import AsyncRequestHandle
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._notifier: _core.Notifier | None = None
         self._starting: asyncio.Future[Engine] | None = None
+        self._closed = False
         self._handles: weakref.WeakValueDictionary[int, AsyncRequestHandle] = (
             weakref.WeakValueDictionary()
         )
@@ -78,6 +79,7 @@ class AsyncEngine:
         Raises:
             ModelLoadError, ConfigError, EngineError: As for `Engine`.
         """
+        self._check_open()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -94,6 +96,7 @@ class AsyncEngine:
             finally:
                 if starting.done():
                     self._starting = None
+        self._check_open()  # it may have been closed while it was loading
         if not self._engine.autostart:
             raise ConfigError(
                 "an AsyncEngine needs an engine that runs its own loop (autostart=True)"
@@ -101,6 +104,10 @@ class AsyncEngine:
         if self._notifier is None:
             self._notifier = _core.Notifier()
             loop.add_reader(self._notifier.fd, self._dispatch)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
 
     def _dispatch(self) -> None:
         assert self._notifier is not None
@@ -173,6 +180,7 @@ class AsyncEngine:
             tokens = await asyncio.to_thread(engine.tokenize, prompt)
         else:
             tokens = engine.tokenize(prompt)
+        self._check_open()
         handle = submit_to(
             engine,
             tokens,
@@ -196,6 +204,10 @@ class AsyncEngine:
 
     async def aclose(self) -> None:
         """Close the engine, unless it was handed in; see `Engine.close`."""
+        self._closed = True
+        if self._starting is not None:
+            # A load can't be stopped; what it gives is closed below, or by nobody.
+            self._engine = await asyncio.shield(self._starting)
         open_handles = [handle for handle in self._handles.values() if not handle.finished]
         if self._engine is not None and self._engine is not self._source:
             await asyncio.to_thread(self._engine.close)

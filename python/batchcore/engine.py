@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import warnings
 import weakref
@@ -193,7 +194,9 @@ class Engine:
                 self.model._native,
                 {
                     "n_ctx": n_ctx,
-                    "num_slots": _num_slots(max_num_seqs, kv_layout, prefix_caching),
+                    "num_slots": _num_slots(
+                        max_num_seqs, kv_layout, prefix_caching, min(n_ubatch, n_ctx)
+                    ),
                     "n_ubatch": n_ubatch,
                     "n_threads": threads,
                     "n_threads_batch": threads,
@@ -272,7 +275,7 @@ class Engine:
             progress: Show a bar.
 
         Raises:
-            InvalidRequestError: A prompt or parameter can't be served; then none has been started.
+            InvalidRequestError: A prompt or parameter can't be served; then none of them is.
             QueueFullError: More prompts than the queue may hold.
             RequestTimeoutError: `timeout` passed; the others have finished or are cancelled.
             EngineError: A request failed; DecodeError and EngineClosedError say how.
@@ -348,9 +351,10 @@ class Engine:
         return EngineStats(**self._native.stats())
 
     def close(self) -> None:
-        """End every request with EngineClosedError, stop the loop, free the KV memory.
+        """End every request with EngineClosedError and stop the loop.
 
-        Returns once the loop has stopped; calling it again does nothing.
+        Returns once the loop has stopped; calling it again does nothing. The KV memory is freed
+        with the engine and the last of its handles.
         """
         native = getattr(self, "_native", None)  # missing where __init__ failed
         if native is not None:
@@ -370,12 +374,20 @@ class Engine:
         """
         if isinstance(prompt, str):
             return self.model.tokenize_prompt(prompt)
+        if isinstance(prompt, (bytes, bytearray)):
+            raise InvalidRequestError("a prompt is a text or a list of tokens, not bytes")
         try:
-            return [int(token) for token in prompt]
-        except (TypeError, ValueError) as error:
+            tokens = [operator.index(token) for token in prompt]
+        except TypeError as error:
             raise InvalidRequestError(
-                f"a prompt is a text or a list of tokens, not {type(prompt).__name__}"
+                f"a prompt is a text or a list of tokens, not {prompt!r:.80}"
             ) from error
+        for token in tokens:
+            if not 0 <= token < self.model.n_vocab:
+                raise InvalidRequestError(
+                    f"prompt token {token} is not in the vocabulary of {self.model.n_vocab}"
+                )
+        return tokens
 
     def _submit(
         self,
@@ -442,14 +454,14 @@ def _check_positive(**values: Any) -> None:
             raise ConfigError(f"{name} must be a positive integer, not {value!r}")
 
 
-def _num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool) -> int:
+def _num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool, most: int) -> int:
     """Sequences that the KV memory can tell apart.
 
     Beyond those that run, `unified` slots only hold cached prefixes and cost next to nothing; in
     `streams` each would take its part of the cells away from the running ones.
     """
     if kv_layout == "unified" and prefix_caching:
-        return min(2 * max_num_seqs, _MAX_SLOTS)
+        return max(max_num_seqs, min(2 * max_num_seqs, _MAX_SLOTS, most))
     return max_num_seqs
 
 

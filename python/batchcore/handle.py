@@ -200,6 +200,7 @@ class AsyncRequestHandle(_Handle):
         Raises:
             EngineError: The request failed; DecodeError and EngineClosedError say how.
         """
+        self._check_alone()
         try:
             while not self._output.finished:
                 for delta in await self._next() or ():
@@ -218,6 +219,7 @@ class AsyncRequestHandle(_Handle):
         return self._whole().__await__()
 
     async def _whole(self) -> RequestOutput:
+        self._check_alone()
         try:
             while not self._output.finished:
                 await self._next()
@@ -228,14 +230,17 @@ class AsyncRequestHandle(_Handle):
     async def _next(self) -> list[StreamDelta] | None:
         deltas = self._take()
         if deltas is None:
-            if self._waiter is not None:
-                raise EngineError(f"request {self.id} already has a consumer that waits for it")
+            self._check_alone()
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
         return deltas
+
+    def _check_alone(self) -> None:
+        if self._waiter is not None:
+            raise EngineError(f"request {self.id} already has a consumer that waits for it")
 
     def _wake(self) -> None:
         """There is something to take. Called on the event loop."""

@@ -79,8 +79,8 @@ class SamplingParams:
                 f"min_tokens = {self.min_tokens} is more than max_tokens = {self.max_tokens}"
             )
         texts: tuple[object, ...] = stop
-        if not all(isinstance(text, str) and text for text in texts):
-            raise InvalidRequestError("stop must be non-empty strings")
+        if not all(isinstance(text, str) and text and _is_utf8(text) for text in texts):
+            raise InvalidRequestError("stop must be non-empty strings without lone surrogates")
 
     def _check_integers(self) -> None:
         rows: tuple[tuple[str, object, int, int], ...] = (
@@ -130,3 +130,11 @@ def _as(kind: Callable[[Any], Any], name: str, value: object) -> Any:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

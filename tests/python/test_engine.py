@@ -219,7 +219,9 @@ def test_timeout(engine):
             engine.generate("x", timeout=bad)
 
 
-@pytest.mark.parametrize("prompt", ["", [], [10**6], [-1], None, object(), ["a", 3.5j]])
+@pytest.mark.parametrize(
+    "prompt", ["", [], [10**6], [-1], [2**40], [1.5], b"hello", None, object(), ["a", 3.5j]]
+)
 def test_bad_prompts_are_refused(engine, prompt):
     with pytest.raises((InvalidRequestError, TypeError)):
         engine.generate([prompt], GREEDY)

@@ -45,6 +45,7 @@ NAN = float("nan")
         ("temperature", "hot"),
         ("top_k", 1.5),
         ("stop", 7),
+        ("stop", "\ud800"),
         ("stop_token_ids", 5),
         ("logit_bias", [1]),
         ("logit_bias", {1: "x"}),
