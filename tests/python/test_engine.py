@@ -21,6 +21,7 @@ from batchcore.errors import (
     QueueFullError,
     RequestTimeoutError,
 )
+from batchcore.testing import synthetic_gguf
 
 GREEDY = bc.SamplingParams(temperature=0, max_tokens=12)
 LONG = bc.SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
@@ -98,22 +99,22 @@ def test_stream_gives_what_generate_gives(engine):
     assert len(deltas) > 3
 
 
-def test_a_seed_fixes_the_output_whatever_runs_beside_it(engine):
-    params = bc.SamplingParams(max_tokens=16, seed=42, top_k=40, logprobs=3, ignore_eos=True)
-    alone = engine.generate("Tell me a story.", params)[0].outputs[0]
-    beside = [engine.submit(f"Number {i}", BUSY) for i in range(6)]
-    together = engine.generate("Tell me a story.", params)[0].outputs[0]
-    for handle in beside:
-        handle.cancel()
-    for one, other in zip(alone.logprobs, together.logprobs, strict=True):
-        # Kernels of other batch sizes may round differently: the same candidates, a hair apart.
-        for (_, left), (_, right) in zip(one.top, other.top, strict=True):
-            assert left == pytest.approx(right, abs=0.2)
-        if one.token != other.token:
-            assert one.top != other.top, "same probabilities, same seed, another token"
-            break
-    unseeded = [engine.generate("Tell me a story.", bc.SamplingParams())[0].text for _ in range(4)]
-    assert len(set(unseeded)) > 1
+def test_a_seed_fixes_the_output_whatever_runs_beside_it(tmp_path):
+    # In single precision, since quantised kernels of other batch sizes give other probabilities.
+    model = bc.Model(synthetic_gguf(tmp_path / "model.gguf", "llama", quant="f32"))
+    exact = {"flash_attn": "off", "type_k": "f32", "type_v": "f32"}
+    params = bc.SamplingParams(max_tokens=24, seed=42, top_k=40, top_p=0.95, ignore_eos=True)
+    outputs = []
+    for n_threads in (1, 2):
+        with bc.Engine(model, max_num_seqs=8, n_ctx=2048, n_threads=n_threads, **exact) as engine:
+            outputs.append(engine.generate([[7, 8, 9]], params)[0].outputs[0].token_ids)
+            beside = [engine.submit([20 + i, 3], BUSY) for i in range(6)]
+            outputs.append(engine.generate([[7, 8, 9]], params)[0].outputs[0].token_ids)
+            for handle in beside:
+                handle.cancel()
+            unseeded = [engine.generate([[7, 8, 9]])[0].outputs[0].token_ids for _ in range(4)]
+            assert len({tuple(tokens) for tokens in unseeded}) > 1
+    assert all(tokens == outputs[0] for tokens in outputs)
 
 
 def test_several_completions_share_one_prefill(engine):
