@@ -187,6 +187,9 @@ class Engine:
         """Sequences that run at the same time."""
         self.n_threads = threads = n_threads or _usable_cores()
         """CPU threads that compute."""
+        self._stepped: weakref.WeakValueDictionary[int, RequestHandle] = (
+            weakref.WeakValueDictionary()
+        )
         self.autostart = autostart
         """Whether it runs its own loop; otherwise `step` does."""
         try:
@@ -333,13 +336,20 @@ class Engine:
         """End a request as `cancelled` within one step; nothing happens where it has ended."""
         self._native.abort(request_id)
 
-    def step(self) -> list[int]:
-        """Run one step and return the ids of the requests with news (`autostart=False` only).
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return what the requests with news have given so far.
+
+        For engines with `autostart=False`: deterministic, on the calling thread. What it returns
+        counts as consumed; the handle's `output` is the same object.
 
         Raises:
             EngineError: The engine runs its own loop, or is closed.
         """
-        return self._native.step()
+        handles = [self._stepped.get(request_id) for request_id in self._native.step()]
+        live = [handle for handle in handles if handle is not None]
+        for handle in live:
+            handle._take()
+        return [handle.output for handle in live]
 
     @property
     def has_work(self) -> bool:
@@ -399,9 +409,12 @@ class Engine:
         streams: bool,
     ) -> RequestHandle:
         kind = RequestHandle if self.autostart else SteppedRequestHandle
-        return submit_to(
+        handle = submit_to(
             self, tokens, params, kind, priority=priority, timeout=timeout, streams=streams
         )
+        if not self.autostart:
+            self._stepped[handle.id] = handle
+        return handle
 
 
 def submit_to(

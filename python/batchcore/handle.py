@@ -185,7 +185,7 @@ class SteppedRequestHandle(RequestHandle):
     def _wait(self) -> list[StreamDelta] | None:
         deltas = self._take()
         if deltas is None:
-            self._engine.step()
+            self._engine._native.step()  # Engine.step would consume the news of all
         return deltas
 
 

@@ -310,8 +310,10 @@ def test_manual_stepping_is_deterministic(model):
             handles = [engine.submit(p, GREEDY) for p in ("One", "Two", "Three")]
             steps = []
             while engine.has_work:
-                steps.append(sorted(engine.step()))
+                outputs = engine.step()
+                steps.append([(out.request_id, list(out.outputs[0].token_ids)) for out in outputs])
             texts = [handle.result().text for handle in handles]
+            assert texts == [handle.output.text for handle in handles]
             runs.append((steps, texts))
     assert runs[0] == runs[1]
     assert len(runs[0][0]) > 10
