@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 # First: it refuses to import on a CPU where loading _core would be an illegal instruction.
-from batchcore import (
-    _cpu,  # noqa: F401  # isort: split
-    errors,
-)
+from batchcore import _cpu  # noqa: F401
+
+# isort: split
+from batchcore import errors
 from batchcore._core import __version__
 from batchcore.async_engine import AsyncEngine
 from batchcore.engine import Engine, EngineStats
