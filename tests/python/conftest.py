@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-# One core for all tests, and so one compute thread per engine: ggml's threads wait for each other by
-# spinning, which on a machine with anything else to do takes many times as long (docs/design.md).
-# Tests of several threads ask for them.
+# One core for all tests, and so one compute thread per engine: ggml's threads wait for each other
+# by spinning, which on a machine with anything else to do takes many times as long
+# (docs/design.md). Tests of several threads ask for them.
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
