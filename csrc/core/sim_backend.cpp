@@ -73,7 +73,7 @@ DecodeStatus SimBackend::decode(const MicroBatch& batch) {
     }
     row += 1;
   }
-  now_ += seconds;
+  now_ = now_ + seconds;  // one writer: the engine thread
   return DecodeStatus::kOk;
 }
 

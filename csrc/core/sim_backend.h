@@ -41,7 +41,9 @@ class SimBackend : public Backend {
   /// Seconds of virtual time since the start.
   [[nodiscard]] double now() const { return now_; }
   /// Lets virtual time pass, for idle spells.
-  void advance_to(double time) { now_ = time > now_ ? time : now_; }
+  void advance_to(double time) {
+    if (time > now_) now_ = time;
+  }
   /// Distinct cells in use.
   [[nodiscard]] std::int32_t num_cells_used() const {
     return static_cast<std::int32_t>(holders_.size());
@@ -68,7 +70,7 @@ class SimBackend : public Backend {
   std::uint64_t next_cell_ = 0;
   std::vector<std::int32_t> row_of_index_;
   std::vector<float> logits_;
-  double now_ = 0.0;
+  std::atomic<double> now_{0.0};  // the clock of callers' threads too
   std::atomic<bool> interrupted_{false};
 };
 
