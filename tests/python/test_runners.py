@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import math
+import signal
 from itertools import pairwise
 
 import batchcore as bc
@@ -107,6 +108,15 @@ def test_outputs_agree_between_modes(engine):
     assert firsts[0] == firsts[1] == firsts[2]
 
 
+@pytest.fixture
+def sigint_is_handled():
+    # A shell starts a background job with SIGINT ignored, and Python then leaves it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint_is_handled")
 def test_ctrl_c_returns_what_was_finished(engine):
     def on_delta(index, delta):
         if index == 2:
