@@ -65,6 +65,7 @@ EngineConfig engine_config(const py::dict& options) {
                                {"recompute", PreemptionMode::kRecompute},
                                {"save", PreemptionMode::kSave}});
   config.max_saved_bytes = get("max_saved_bytes").cast<std::size_t>();
+  config.host_cache_bytes = get("host_cache_bytes").cast<std::size_t>();
   config.scheduler.target_itl_s = get("target_itl_s").cast<double>();
   config.scheduler.prefix_caching = get("prefix_caching").cast<bool>();
   config.max_queued_requests = get("max_queued_requests").cast<std::int64_t>();
@@ -117,9 +118,10 @@ SamplingParams sampling_params(const py::dict& values) {
 
 std::shared_ptr<RequestChannel> submit(Engine& engine, std::vector<Token> prompt,
                                        const SamplingParams& sampling, std::int32_t priority,
-                                       std::optional<double> timeout_s, bool streams,
+                                       std::optional<double> timeout_s, bool streams, bool pins,
                                        std::shared_ptr<Notifier> notifier) {
-  RequestSpec spec{std::move(prompt), sampling, priority, timeout_s, streams, std::move(notifier)};
+  RequestSpec spec{std::move(prompt), sampling, priority,           timeout_s,
+                   streams,           pins,     std::move(notifier)};
   const py::gil_scoped_release release;
   return engine.submit(std::move(spec));
 }
@@ -170,6 +172,11 @@ py::dict stats(const Engine& engine) {
       "num_running"_a = s.num_running, "num_waiting"_a = s.num_waiting, "num_cells"_a = s.num_cells,
       "num_active_cells"_a = s.num_active_cells, "num_cached_cells"_a = s.num_cached_cells,
       "num_steps"_a = s.num_steps, "num_micro_batches"_a = s.num_micro_batches,
+      "num_pinned"_a = s.num_pinned, "saved_bytes"_a = s.saved_bytes,
+      "host_cache_bytes"_a = s.host_cache_bytes, "step_decode_rows"_a = s.step_decode_rows,
+      "step_prefill_tokens"_a = s.step_prefill_tokens, "step_s"_a = s.step_s,
+      "cost_s"_a = py::tuple(py::cast(s.cost_s)), "num_host_tokens"_a = s.num_host_tokens,
+      "num_filler_rows"_a = s.num_filler_rows, "num_interrupts"_a = s.num_interrupts,
       "num_rows"_a = s.num_rows, "num_prompt_tokens"_a = s.num_prompt_tokens,
       "num_prefill_tokens"_a = s.num_prefill_tokens, "num_decode_rows"_a = s.num_decode_rows,
       "num_cached_tokens"_a = s.num_cached_tokens,
@@ -207,8 +214,9 @@ void bind_engine(py::module_& m) {
       .def(py::init(&make_engine), py::arg("model"), py::arg("context"), py::arg("engine"))
       .def("start", &Engine::start, ReleaseGil())
       .def("submit", &submit, py::arg("prompt"), py::arg("sampling"), py::arg("priority"),
-           py::arg("timeout_s"), py::arg("streams"), py::arg("notifier"))
+           py::arg("timeout_s"), py::arg("streams"), py::arg("pins"), py::arg("notifier"))
       .def("abort", &Engine::abort, py::arg("request_id"), ReleaseGil())
+      .def("unpin", &Engine::unpin, py::arg("request_id"), ReleaseGil())
       .def("step", &Engine::step, ReleaseGil())
       .def("close", &Engine::close, ReleaseGil())
       .def("stats", &stats)

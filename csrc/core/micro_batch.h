@@ -25,6 +25,15 @@ struct MicroBatch {
     outputs.push_back(output ? 1 : 0);
     num_outputs += output ? 1 : 0;
   }
+  /// Asks for the logits of `count` more rows, whichever.
+  void add_outputs(std::int32_t count) {
+    for (std::size_t i = 0; i < outputs.size() && count > 0; ++i) {
+      if (outputs[i] != 0) continue;
+      outputs[i] = 1;
+      num_outputs += 1;
+      count -= 1;
+    }
+  }
   void clear() {
     tokens.clear();
     positions.clear();

@@ -1,14 +1,17 @@
 #include "core/scheduler.h"
 
 #include <algorithm>
-#include <limits>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "core/eviction.h"
 
 namespace batchcore {
 namespace {
 
-// Prefill chunks in tokens. Multiples of the CPU kernels' row groups, and large enough that prefill
-// keeps most of its throughput (docs/design.md has the measurement).
-constexpr std::int32_t kRowGroup = 4;
+// Prefill chunks in tokens, large enough that prefill keeps most of its throughput
+// (docs/design.md has the measurement).
 constexpr std::int32_t kMinChunkLatency = 16;
 constexpr std::int32_t kMinChunkBalanced = 64;
 // Steps with prefill may take this multiple of a step without, where no target is given.
@@ -17,6 +20,11 @@ constexpr double kDefaultSlowdown = 2.5;
 // whole stream's buffer; and nobody waits for another sequence to compute less than this.
 constexpr std::int32_t kMinStreamCopy = 64;
 constexpr std::int32_t kMinWorthWaiting = 32;
+// Nor is less than this restored from host memory.
+constexpr std::int32_t kMinHostTokens = 64;
+// In streams, idle slots between busy ones that are cheaper filled than cut out: a second call
+// costs as much as six rows.
+constexpr std::int32_t kMaxGap = 6;
 // Waiting sequences that are looked at behind one that waits for its prefix.
 constexpr int kMaxLookahead = 16;
 
@@ -61,9 +69,8 @@ class Planner {
     return slot >= 0 && state_.kv.state(slot) == KvTree::SlotState::kCached;
   }
 
-  [[nodiscard]] bool serves_whole_slots_only() const {
-    return state_.info.memory == MemoryKind::kRecurrent ||
-           state_.info.memory == MemoryKind::kHybrid;
+  [[nodiscard]] bool is_pinned(SeqId slot) const {
+    return slot >= 0 && state_.pinned[static_cast<std::size_t>(slot)];
   }
 
   [[nodiscard]] std::int32_t free_cells() const {
@@ -76,25 +83,27 @@ class Planner {
   bool secure_cells(std::int32_t cells, const Sequence* requester) {
     if (!unified_) return true;  // a slot's own partition is as long as the longest sequence
     while (free_cells() < cells) {
-      if (evict_one()) continue;
-      if (requester == nullptr || !preempt_one_behind(*requester)) return false;
+      if (evict_one(false)) continue;
+      if (requester == nullptr) return false;
+      if (preempt_one_behind(*requester)) continue;
+      // Pinned prefixes give way to the one sequence that could not go on otherwise.
+      if (!is_only(*requester) || !evict_one(true)) return false;
     }
     return true;
   }
 
-  bool evict_one() {
-    SeqId oldest = -1;
-    for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
-      const auto i = static_cast<std::size_t>(slot);
-      if (state_.kv.state(slot) != KvTree::SlotState::kCached || state_.pinned[i]) continue;
-      if (contains(removed_, slot) || contains(kept_, slot)) continue;
-      if (oldest < 0 || state_.last_used[i] < state_.last_used[static_cast<std::size_t>(oldest)]) {
-        oldest = slot;
-      }
-    }
-    if (oldest < 0) return false;
-    plan_.evictions.push_back(oldest);
-    removed_.push_back(oldest);
+  // True where nobody else runs after this plan.
+  [[nodiscard]] bool is_only(const Sequence& sequence) const {
+    return std::all_of(state_.running.begin(), state_.running.end(), [&](const Sequence* other) {
+      return other == &sequence || is_preempted(other);
+    });
+  }
+
+  bool evict_one(bool even_pinned) {
+    const SeqId slot = least_worth(state_, kept_, removed_, even_pinned);
+    if (slot < 0) return false;
+    plan_.evictions.push_back(slot);
+    removed_.push_back(slot);
     return true;
   }
 
@@ -139,6 +148,12 @@ class Planner {
     }
   }
 
+  // The most that is not above `count` and completes a row group together with `others`.
+  [[nodiscard]] std::int32_t whole_groups(std::int32_t count, std::int32_t others) const {
+    const std::int32_t over = (count + others) % RowShapes::kGroup;
+    return count > over ? count - over : count;
+  }
+
   [[nodiscard]] std::int32_t prefill_budget() const {
     const auto rows = static_cast<std::int32_t>(decoding_.size());
     const std::int32_t most = unified_ ? state_.info.n_ubatch - rows : state_.info.n_ubatch;
@@ -146,7 +161,7 @@ class Planner {
     const std::int32_t floor = std::min(
         config_.prefill_policy == PrefillPolicy::kLatency ? kMinChunkLatency : kMinChunkBalanced,
         most);
-    if (!state_.cost.is_ready()) return floor;
+    if (!state_.cost.is_ready()) return whole_groups(floor, unified_ ? rows : 0);
     StepWork work{0, rows, 0};
     for (const Sequence* sequence : decoding_) work.kv_tokens += sequence->num_tokens();
     const double alone = state_.cost.seconds(work);
@@ -155,7 +170,7 @@ class Planner {
     const double per_token = state_.cost.seconds_per_prefill_token();
     const double left = per_token > 0 ? (target - alone) / per_token : most;
     const auto chunk = static_cast<std::int32_t>(std::clamp(left, 0.0, static_cast<double>(most)));
-    return std::clamp(chunk / kRowGroup * kRowGroup, floor, most);
+    return whole_groups(std::clamp(chunk, floor, most), unified_ ? rows : 0);
   }
 
   // As many of the next pending tokens as the budget and the cells allow; 0 where none.
@@ -237,7 +252,7 @@ class Planner {
   // True where a running sequence is about to compute a good part of what `candidate` needs.
   [[nodiscard]] bool is_worth_waiting(const Sequence& candidate, std::int32_t have) const {
     // A recurrent state has moved past the common part by the time it can be copied.
-    if (serves_whole_slots_only()) return false;
+    if (state_.serves_whole_slots_only()) return false;
     const std::int32_t least = unified_ ? kMinWorthWaiting : kMinStreamCopy;
     const auto reaches = [&](const Sequence& other, std::int32_t computed) {
       if (other.num_tokens() - computed <= 1) return false;
@@ -256,7 +271,7 @@ class Planner {
     if (!config_.prefix_caching) return {};
     // The last token is always computed: its logits are what the step is for.
     const std::span<const Token> prompt(sequence.tokens.data(), sequence.tokens.size() - 1);
-    const PrefixMatch match = state_.kv.longest_match(prompt, serves_whole_slots_only());
+    const PrefixMatch match = state_.kv.longest_match(prompt, state_.serves_whole_slots_only());
     if (match.length == 0 || contains(removed_, match.slot)) return {};
     if (!unified_ && !match.is_cached && match.length < kMinStreamCopy) return {};
     return match;
@@ -273,30 +288,58 @@ class Planner {
     }
   }
 
+  // A prefix in host memory that goes far enough beyond what a slot holds to be worth the copy.
+  [[nodiscard]] HostCache::Match find_host_prefix(const Sequence& sequence,
+                                                  std::int32_t have) const {
+    if (!config_.prefix_caching || state_.host.size() == 0) return {};
+    const std::span<const Token> prompt(sequence.tokens.data(), sequence.tokens.size() - 1);
+    const HostCache::Match match =
+        state_.host.longest_match(prompt, state_.serves_whole_slots_only());
+    if (match.length - have < kMinHostTokens) return {};
+    const bool pays = !state_.cost.is_ready() ||
+                      state_.copy_speed.seconds(match.entry->state.size()) <
+                          (match.length - have) * state_.cost.seconds_per_prefill_token();
+    return pays ? match : HostCache::Match{};
+  }
+
   // False where nobody behind this one may be admitted either.
   bool try_admit(Sequence* candidate) {
-    if (candidate->num_saved > 0) return place(candidate, {}, candidate->num_saved);
+    if (candidate->num_saved > 0) {
+      return place(candidate, {}, candidate->num_saved, candidate->num_saved);
+    }
     const PrefixMatch match = find_prefix(*candidate);
     if (config_.prefix_caching && is_worth_waiting(*candidate, match.length)) return true;
-    if (place(candidate, match, 0)) return true;
+    const HostCache::Match host = find_host_prefix(*candidate, match.length);
+    if (host.entry != nullptr) {
+      // All cells of its state are needed at first, even where a part of them is dropped again.
+      const auto cells = static_cast<std::int32_t>(host.entry->tokens.size());
+      if (place(candidate, {}, host.length, cells)) {
+        plan_.admissions.back().host = host.entry;
+        plan_.admissions.back().prefix_length = host.length;
+        return true;
+      }
+    }
+    if (place(candidate, match)) return true;
     // Alone, it must get in: the slot that holds its prefix may be what takes up the room.
-    return is_alone() && match.slot >= 0 && place(candidate, {}, 0);
+    return is_alone() && match.slot >= 0 && place(candidate, {});
   }
 
   [[nodiscard]] bool is_alone() const { return decoding_.empty() && prefill_.empty(); }
 
-  // Gives `candidate` a slot that starts with `match` or with `num_saved` restored tokens, and its
-  // first rows. False, and nothing but evictions planned, where there is no room.
-  bool place(Sequence* candidate, const PrefixMatch& match, std::int32_t num_saved) {
+  // Gives `candidate` a slot that starts with `match`, or with `num_restored` tokens from a state
+  // in host memory that needs `num_cells`, and its first rows. False, and nothing but evictions
+  // planned, where there is no room.
+  bool place(Sequence* candidate, const PrefixMatch& match, std::int32_t num_restored = 0,
+             std::int32_t num_cells = 0) {
     const bool alone = is_alone();
     const bool takes_over = may_take_over(match);
-    Admission admission{candidate, -1, match.slot, match.length};
+    Admission admission{candidate, -1, match.slot, match.length, nullptr};
     if (!unified_ && !takes_over && match.length < kMinStreamCopy) {
       admission.prefix_slot = -1;
       admission.prefix_length = 0;
     }
     const bool one_row =
-        candidate->num_tokens() - std::max(admission.prefix_length, num_saved) == 1;
+        candidate->num_tokens() - std::max(admission.prefix_length, num_restored) == 1;
     // In streams a single row joins the decode call, which has room for every slot.
     if (budget_ <= 0 && (unified_ || !one_row)) return false;
     if (!alone && !fits_in_future(*candidate, match)) return false;
@@ -308,18 +351,18 @@ class Planner {
     const auto has_rows = [&] {
       if (admission.slot < 0) return false;
       kept_.push_back(admission.slot);
-      if (!secure_cells(num_saved + 1, alone ? candidate : nullptr)) return false;
-      planned_cells_ += num_saved;
+      if (!secure_cells(num_cells + 1, alone ? candidate : nullptr)) return false;
+      planned_cells_ += num_cells;
       if (one_row) {
         decoding_.push_back(candidate);
         planned_cells_ += 1;
         if (unified_) budget_ -= 1;
         return true;
       }
-      if (plan_chunk(candidate, std::max(admission.prefix_length, num_saved), alone) > 0) {
+      if (plan_chunk(candidate, std::max(admission.prefix_length, num_restored), alone) > 0) {
         return true;
       }
-      planned_cells_ -= num_saved;
+      planned_cells_ -= num_cells;
       return false;
     };
     if (!has_rows()) {
@@ -335,8 +378,8 @@ class Planner {
   // A cached slot is taken over where all of it is wanted; in streams, where a copy moves a whole
   // stream, always.
   [[nodiscard]] bool may_take_over(const PrefixMatch& match) const {
-    return match.slot >= 0 && match.is_cached &&
-           !state_.pinned[static_cast<std::size_t>(match.slot)] && !contains(kept_, match.slot) &&
+    return match.slot >= 0 && match.is_cached && !is_pinned(match.slot) &&
+           !contains(kept_, match.slot) &&
            (!unified_ || match.length == state_.kv.length(match.slot));
   }
 
@@ -350,34 +393,123 @@ class Planner {
         return slot;
       }
     }
-    if (!evict_one()) return -1;
+    if (!evict_one(is_alone())) return -1;
     taken_.push_back(plan_.evictions.back());
     return taken_.back();
   }
 
   void build_micro_batches() {
+    find_fillable();
     if (!decoding_.empty()) add_decoding();
-    if (unified_) {
-      // One call for all: prefill rows ride along in the matrix products of the decode rows.
-      for (const PlannedRows& rows : prefill_) {
-        if (plan_.micro_batches.empty()) plan_.micro_batches.emplace_back();
-        plan_.micro_batches.back().rows.push_back(rows);
-      }
-      return;
-    }
-    // Streams are split into rectangles, so that a prompt beside others only makes more, smaller
-    // calls: each prompt gets its own.
     for (const PlannedRows& rows : prefill_) {
-      plan_.micro_batches.emplace_back().rows.push_back(rows);
+      // Unified: one call for all, prefill rows ride along in the matrix products of the decode
+      // rows. Streams are split into rectangles, so that a prompt beside others only makes more,
+      // smaller calls: each prompt gets its own.
+      if (plan_.micro_batches.empty() || !unified_) plan_.micro_batches.emplace_back();
+      plan_.micro_batches.back().rows.push_back(rows);
     }
+    for (PlannedMicroBatch& batch : plan_.micro_batches) complete_row_groups(batch);
   }
 
   void add_decoding() {
     PlannedMicroBatch batch;
     std::sort(decoding_.begin(), decoding_.end(),
               [this](const Sequence* a, const Sequence* b) { return slot_of(a) < slot_of(b); });
-    for (Sequence* sequence : decoding_) batch.rows.push_back({sequence, 1});
+    SeqId before = -1;
+    for (Sequence* sequence : decoding_) {
+      const SeqId slot = slot_of(sequence);
+      if (!unified_ && before >= 0) bridge_gap(batch, before, slot);
+      batch.rows.push_back({sequence, 1});
+      before = slot;
+    }
     plan_.micro_batches.push_back(std::move(batch));
+  }
+
+  // A dummy row may go where it can be taken back: on an empty slot, or behind a prefix of a memory
+  // that can be cut back.
+  void find_fillable() {
+    const bool can_cut = state_.info.window == 0 && !state_.serves_whole_slots_only();
+    fillable_.assign(static_cast<std::size_t>(state_.info.num_slots), 0);
+    for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
+      const KvTree::SlotState holds = state_.kv.state(slot);
+      fillable(slot) = holds == KvTree::SlotState::kFree ||
+                       (holds == KvTree::SlotState::kCached && can_cut &&
+                        state_.kv.length(slot) < state_.info.cells_per_slot);
+    }
+    for (const SeqId slot : removed_) fillable(slot) = 1;
+    for (const Sequence* sequence : state_.running) {
+      if (!is_preempted(sequence)) fillable(sequence->slot) = 0;
+    }
+    for (const Admission& admission : plan_.admissions) fillable(admission.slot) = 0;
+  }
+
+  std::uint8_t& fillable(SeqId slot) { return fillable_[static_cast<std::size_t>(slot)]; }
+
+  // llama.cpp cuts a batch over streams wherever the ids have a gap, and reads all weights once
+  // more for each piece.
+  void bridge_gap(PlannedMicroBatch& batch, SeqId before, SeqId after) {
+    if (after - before - 1 > kMaxGap) return;
+    for (SeqId slot = before + 1; slot < after; ++slot) {
+      if (fillable(slot) == 0) return;
+    }
+    for (SeqId slot = before + 1; slot < after; ++slot) add_filler(batch, slot);
+  }
+
+  void add_filler(PlannedMicroBatch& batch, SeqId slot) {
+    fillable(slot) = 0;
+    batch.filler_slots.push_back(slot);
+    planned_cells_ += unified_ ? 1 : 0;
+  }
+
+  // Where more rows are faster, dummy rows are added to a call that only decodes, and logits that
+  // nobody asks for to one that prefills: there the output head is what sees few rows.
+  void complete_row_groups(PlannedMicroBatch& batch) {
+    auto count = static_cast<std::int32_t>(batch.filler_slots.size());
+    std::int32_t outputs = count;
+    for (const PlannedRows& rows : batch.rows) {
+      count += rows.count;
+      outputs += rows.count == pending_after_admission(rows.sequence) ? 1 : 0;
+    }
+    const std::int32_t wanted = state_.row_shapes.preferred(outputs) - outputs;
+    if (wanted == 0 || outputs + wanted > state_.info.max_outputs) return;
+    if (outputs < count) {
+      batch.num_extra_outputs = std::min(wanted, count - outputs);
+    } else if (count + wanted <= state_.info.n_ubatch) {
+      add_fillers(batch, wanted);
+      std::sort(batch.filler_slots.begin(), batch.filler_slots.end());
+    }
+  }
+
+  [[nodiscard]] std::int32_t pending_after_admission(const Sequence* sequence) const {
+    for (const Admission& admission : plan_.admissions) {
+      if (admission.sequence != sequence) continue;
+      return sequence->num_tokens() - std::max(admission.prefix_length, sequence->num_saved);
+    }
+    return sequence->num_pending();
+  }
+
+  // Up to `wanted` dummy rows: in streams on the slots next to the busy ones, so that ids stay free
+  // of gaps.
+  void add_fillers(PlannedMicroBatch& batch, std::int32_t wanted) {
+    std::int32_t added = 0;
+    if (unified_) {
+      for (SeqId slot = 0; slot < state_.info.num_slots && added < wanted; ++slot) {
+        if (fillable(slot) == 0 || free_cells() < 1) continue;
+        add_filler(batch, slot);
+        added += 1;
+      }
+      return;
+    }
+    SeqId above = slot_of(batch.rows.back().sequence) + 1;
+    SeqId below = slot_of(batch.rows.front().sequence) - 1;
+    for (; added < wanted && above < state_.info.num_slots && fillable(above) != 0; ++above) {
+      add_filler(batch, above);
+      added += 1;
+    }
+    for (; added < wanted && below >= 0 && fillable(below) != 0; --below) {
+      add_filler(batch, below);
+      added += 1;
+    }
   }
 
   [[nodiscard]] SeqId slot_of(const Sequence* sequence) const {
@@ -394,9 +526,10 @@ class Planner {
   StepPlan plan_;
   std::vector<Sequence*> decoding_;
   std::vector<PlannedRows> prefill_;
-  std::vector<SeqId> removed_;  // evicted and preempted: free once the plan is carried out
-  std::vector<SeqId> kept_;     // in use, or the source of a copy
-  std::vector<SeqId> taken_;    // promised to an admission
+  std::vector<SeqId> removed_;          // evicted and preempted: free once the plan is carried out
+  std::vector<SeqId> kept_;             // in use, or the source of a copy
+  std::vector<SeqId> taken_;            // promised to an admission
+  std::vector<std::uint8_t> fillable_;  // slots that may get a dummy row
   std::int32_t num_sequences_ = 0;
   std::int32_t planned_cells_ = 0;
   std::int32_t budget_ = 0;
@@ -408,18 +541,11 @@ StepPlan Scheduler::plan(const SchedulerState& state) const {
   return Planner(config_, state).plan();
 }
 
-SeqId Scheduler::choose_slot(const SchedulerState& state, std::span<const SeqId> keep) const {
-  SeqId oldest = -1;
+SeqId Scheduler::choose_slot(const SchedulerState& state) {
   for (SeqId slot = 0; slot < state.info.num_slots; ++slot) {
-    const auto i = static_cast<std::size_t>(slot);
     if (state.kv.state(slot) == KvTree::SlotState::kFree) return slot;
-    if (state.kv.state(slot) != KvTree::SlotState::kCached || state.pinned[i]) continue;
-    if (contains(keep, slot)) continue;
-    if (oldest < 0 || state.last_used[i] < state.last_used[static_cast<std::size_t>(oldest)]) {
-      oldest = slot;
-    }
   }
-  return oldest;
+  return least_worth(state, {}, {}, true);
 }
 
 }  // namespace batchcore

@@ -3,17 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
-#include <vector>
 
-#include "core/backend.h"
-#include "core/kv_tree.h"
-#include "core/output_history.h"
 #include "core/preemption.h"
-#include "core/sequence.h"
-#include "core/step_cost.h"
+#include "core/scheduler_state.h"
 #include "core/step_plan.h"
-#include "core/waiting_queue.h"
 
 namespace batchcore {
 
@@ -33,25 +26,6 @@ struct SchedulerConfig {
   PreemptionMode preemption = PreemptionMode::kAuto;
 };
 
-/// All that a plan depends on. The engine owns and updates it.
-struct SchedulerState {
-  SchedulerState(const BackendInfo& backend)
-      : info(backend),
-        kv(backend.num_slots, backend.layout == KvLayout::kUnified),
-        last_used(static_cast<std::size_t>(backend.num_slots), 0),
-        pinned(static_cast<std::size_t>(backend.num_slots), false) {}
-
-  BackendInfo info;
-  std::vector<Sequence*> running;  ///< hold a slot, in the order of their rank
-  WaitingQueue waiting;
-  KvTree kv;
-  std::vector<std::uint64_t> last_used;  ///< step in which a slot last served, by slot
-  std::vector<bool> pinned;              ///< cached slots that are never evicted, by slot
-  StepCost cost;
-  CopySpeed copy_speed;
-  OutputHistory history;
-};
-
 class Scheduler {
  public:
   explicit Scheduler(const SchedulerConfig& config) : config_(config) {}
@@ -60,9 +34,9 @@ class Scheduler {
 
   [[nodiscard]] StepPlan plan(const SchedulerState& state) const;
 
-  /// A slot for one more sequence: the lowest free one, else the least recently used cached one
-  /// that is not in `keep`, else -1.
-  [[nodiscard]] SeqId choose_slot(const SchedulerState& state, std::span<const SeqId> keep) const;
+  /// A slot for one more sequence: the lowest free one, else the cached one that is worth least,
+  /// else -1.
+  [[nodiscard]] static SeqId choose_slot(const SchedulerState& state);
 
  private:
   SchedulerConfig config_;

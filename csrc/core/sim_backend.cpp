@@ -54,7 +54,7 @@ DecodeStatus SimBackend::decode(const MicroBatch& batch) {
   row_of_index_.assign(batch.size(), -1);
   logits_.resize(static_cast<std::size_t>(batch.num_outputs) * n_vocab);
   std::int32_t row = 0;
-  double seconds = cost_.base_s;
+  double seconds = cost_.base_s + cost_.loose_row_s * static_cast<double>(batch.size() % 4);
   for (std::size_t i = 0; i < batch.size(); ++i) {
     const SeqId seq_id = batch.seq_ids[i];
     const std::vector<Cell>& held = cells(seq_id);

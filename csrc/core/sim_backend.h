@@ -19,7 +19,8 @@ struct SimCost {
   double base_s = 10e-3;
   double prefill_token_s = 1e-3;
   double decode_row_s = 3e-3;
-  double kv_token_s = 0.0;  ///< per KV token that a row attends to
+  double kv_token_s = 0.0;   ///< per KV token that a row attends to
+  double loose_row_s = 0.0;  ///< more for each row beyond a multiple of four
 };
 
 class SimBackend : public Backend {

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "core/host_cache.h"
 #include "core/sequence.h"
 #include "core/types.h"
 
@@ -15,7 +17,8 @@ struct Admission {
   Sequence* sequence = nullptr;
   SeqId slot = -1;
   SeqId prefix_slot = -1;  ///< who holds its prefix; == slot where a cached slot is taken over
-  std::int32_t prefix_length = 0;  ///< tokens that need not be computed
+  std::int32_t prefix_length = 0;                ///< tokens that need not be computed
+  std::shared_ptr<const HostCache::Entry> host;  ///< holds them, where no slot does
 };
 
 /// The next `count` pending tokens of a sequence.
@@ -27,7 +30,8 @@ struct PlannedRows {
 /// One decode call.
 struct PlannedMicroBatch {
   std::vector<PlannedRows> rows;
-  std::vector<SeqId> filler_slots;  ///< idle slots that get one dummy row, forgotten afterwards
+  std::vector<SeqId> filler_slots;  ///< idle slots that get a dummy row each, forgotten afterwards
+  std::int32_t num_extra_outputs = 0;  ///< rows to give logits that nobody asks for
 };
 
 struct StepPlan {

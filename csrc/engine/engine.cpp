@@ -32,6 +32,7 @@ Engine::Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vo
   if (config.max_sequence_tokens > 0) {
     state_.info.cells_per_slot = std::min(state_.info.cells_per_slot, config.max_sequence_tokens);
   }
+  state_.host.set_max_bytes(config.host_cache_bytes);
 }
 
 Engine::~Engine() { close(); }
@@ -78,6 +79,12 @@ void Engine::validate(const RequestSpec& spec) const {
                                 " is not in the vocabulary");
     }
   }
+  if (spec.pins && spec.sampling.n > 1) {
+    throw InvalidRequestError("a request that keeps its prompt has one completion");
+  }
+  if (spec.pins && !config_.scheduler.prefix_caching) {
+    throw InvalidRequestError("a prefix can be kept only where prefixes are cached at all");
+  }
   for (const auto& [token, bias] : spec.sampling.logit_bias) {
     if (!in_vocab(token)) {
       throw InvalidRequestError("logit_bias names token " + std::to_string(token) +
@@ -110,6 +117,15 @@ std::shared_ptr<RequestChannel> Engine::submit(RequestSpec spec) {
         "the queue is full: " + std::to_string(queued_tokens_) + " prompt tokens are waiting",
         config_.max_queued_tokens);
   }
+  if (request->spec.pins) {
+    // Half of the slots stay for everybody else.
+    const std::int32_t most = std::max(1, state_.info.num_slots / 2);
+    if (num_pins_ >= most) {
+      throw InvalidRequestError("this engine can keep " + std::to_string(most) +
+                                " prefixes, and does");
+    }
+    num_pins_ += 1;
+  }
   request->id = next_id_++;
   request->channel = std::make_shared<RequestChannel>(request->id, request->spec.notifier);
   auto channel = request->channel;
@@ -128,6 +144,20 @@ void Engine::abort(RequestId id) {
     const std::lock_guard lock(inbox_mutex_);
     if (closing_) return;
     inbox_.aborts.push_back(id);
+  }
+  inbox_ready_.notify_one();
+  // A decode call that works for cancelled requests only is not worth its end. Held throughout, so
+  // that no later call is hit.
+  const std::lock_guard lock(in_flight_mutex_);
+  if (std::erase(in_flight_, id) > 0 && in_flight_.empty()) backend_->interrupt();
+}
+
+void Engine::unpin(RequestId id) {
+  if (getpid() != process_) return;
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    if (closing_) return;
+    inbox_.unpins.push_back(id);
   }
   inbox_ready_.notify_one();
 }
@@ -185,6 +215,11 @@ void Engine::take_in() {
   for (const RequestId id : inbox.aborts) {
     const auto found = requests_.find(id);
     if (found != requests_.end()) finish_request(*found->second, FinishReason::kCancelled);
+  }
+  for (const RequestId id : inbox.unpins) {
+    const auto found = std::find_if(pins_.begin(), pins_.end(),
+                                    [id](const auto& pinned) { return pinned.second == id; });
+    if (found != pins_.end()) drop_pin(found->first);
   }
 }
 

@@ -31,9 +31,14 @@ struct EngineConfig {
   std::int64_t max_queued_requests = 0;  ///< waiting for their first slot, > 0
   std::int64_t max_queued_tokens = 0;    ///< prompt tokens of those, > 0
   std::size_t max_saved_bytes = 0;       ///< host memory for preempted sequences
+  std::size_t host_cache_bytes = 0;      ///< host memory for prefixes that were evicted
   std::int32_t max_sequence_tokens = 0;  ///< prompt and output, 0 = what a slot holds
   std::int32_t num_sampler_threads = 1;
+#ifdef NDEBUG
   bool check_integrity = false;  ///< prove the accounting after every step; for tests
+#else
+  bool check_integrity = true;
+#endif
 };
 
 /// Seconds on a clock that never goes back.
@@ -56,8 +61,13 @@ class Engine {
   /// EngineClosedError, and then the request never existed.
   [[nodiscard]] std::shared_ptr<RequestChannel> submit(RequestSpec spec);
 
-  /// Ends a request as kCancelled within one step. Does nothing for one that has ended.
+  /// Ends a request as kCancelled within one step, which is cut short where all that it computes
+  /// is cancelled and the device can. Does nothing for one that has ended.
   void abort(RequestId id);
+
+  /// Lets go of the prefix that a request with `pins` left behind, which stays as an ordinary
+  /// cached one. Does nothing where it is gone already.
+  void unpin(RequestId id);
 
   /// Runs one step on the calling thread (only without start()); returns the requests with news.
   std::vector<RequestId> step();
@@ -77,7 +87,10 @@ class Engine {
   struct Inbox {
     std::vector<std::unique_ptr<EngineRequest>> requests;
     std::vector<RequestId> aborts;
-    [[nodiscard]] bool empty() const { return requests.empty() && aborts.empty(); }
+    std::vector<RequestId> unpins;
+    [[nodiscard]] bool empty() const {
+      return requests.empty() && aborts.empty() && unpins.empty();
+    }
   };
 
   // engine.cpp: what other threads call, and the loop.
@@ -97,16 +110,19 @@ class Engine {
   void restore(EngineSequence& sequence);
   void drop_saved(EngineSequence& sequence);
   void evict(SeqId slot);
+  void save_prefix(SeqId slot);
   void admit(const Admission& admission);
   void adopt_prefix(const Admission& admission);
+  void restore_prefix(const Admission& admission);
   void run_micro_batches(const StepPlan& plan);
-  void run_micro_batch(std::span<const PlannedRows> rows);
-  DecodeStatus decode();
+  void run_micro_batch(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras);
+  void forget_fillers(const PlannedMicroBatch& extras);
+  DecodeStatus decode(std::span<const PlannedRows> rows);
   void handle_failure(std::span<const PlannedRows> rows, DecodeStatus status);
   void reconcile(EngineSequence& sequence);
   void forget(EngineSequence& sequence);
   void rebuild_backend();
-  void evict_all();
+  bool evict_all();
   void advance(std::span<const PlannedRows> rows);
   void fork(EngineSequence& leader);
   void sample_rows();
@@ -118,6 +134,9 @@ class Engine {
   void finish(EngineSequence& sequence, FinishReason reason, StopReason why = {});
   void finish_request(EngineRequest& request, FinishReason reason, std::exception_ptr error = {});
   void release_slot(EngineSequence& sequence);
+  void pin(EngineRequest& request, SeqId slot);
+  void drop_pin(SeqId slot);
+  [[nodiscard]] bool is_pinned(RequestId id) const;
   void mark_news(EngineRequest& request);
   std::vector<RequestId> publish();
   void update_stats();
@@ -141,7 +160,10 @@ class Engine {
   RequestId next_id_ = 1;
   std::int64_t queued_requests_ = 0;  // submitted, not yet admitted or ended
   std::int64_t queued_tokens_ = 0;
+  std::int32_t num_pins_ = 0;  // prefixes that are pinned or about to be
   std::atomic<std::int64_t> num_open_{0};
+  std::mutex in_flight_mutex_;
+  std::vector<RequestId> in_flight_;  // requests of the decode call that runs, not yet aborted
   mutable std::mutex stats_mutex_;
   EngineStats published_stats_;
 
@@ -156,8 +178,8 @@ class Engine {
   std::vector<SampledToken> samples_;
   SamplerPool samplers_;
   std::size_t saved_bytes_ = 0;
+  std::unordered_map<SeqId, RequestId> pins_;  // pinned slots, by the request that asked for it
   EngineStats stats_;
-  std::uint64_t step_number_ = 0;
 
   std::mutex close_mutex_;
   std::thread thread_;

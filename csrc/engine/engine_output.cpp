@@ -74,6 +74,10 @@ void Engine::finish(EngineSequence& sequence, FinishReason reason, StopReason wh
   request.num_unfinished -= 1;
   if (request.num_unfinished > 0) return;
   leave_queue(request);
+  if (request.spec.pins && !is_pinned(request.id)) {
+    const std::lock_guard lock(inbox_mutex_);
+    num_pins_ -= 1;
+  }
   if (request.spec.timeout_s) deadlines_.erase({request.deadline, request.id});
   request.metrics.finished_s = clock_();
   stats_.num_finished[static_cast<std::size_t>(reason)] += 1;
@@ -91,11 +95,31 @@ void Engine::release_slot(EngineSequence& sequence) {
   std::erase(state_.running, &sequence);
   if (config_.scheduler.prefix_caching && state_.kv.length(sequence.slot) > 0) {
     state_.kv.set_cached(sequence.slot);
+    if (sequence.request->spec.pins && sequence.num_generated() > 0) {
+      pin(*sequence.request, sequence.slot);
+    }
   } else {
     backend_->remove(sequence.slot, 0, -1);
     state_.kv.remove(sequence.slot);
   }
   sequence.slot = -1;
+}
+
+void Engine::pin(EngineRequest& request, SeqId slot) {
+  state_.pinned[static_cast<std::size_t>(slot)] = true;
+  pins_.emplace(slot, request.id);
+}
+
+bool Engine::is_pinned(RequestId id) const {
+  return std::any_of(pins_.begin(), pins_.end(),
+                     [id](const auto& pinned) { return pinned.second == id; });
+}
+
+void Engine::drop_pin(SeqId slot) {
+  if (pins_.erase(slot) == 0) return;
+  state_.pinned[static_cast<std::size_t>(slot)] = false;
+  const std::lock_guard lock(inbox_mutex_);
+  num_pins_ -= 1;
 }
 
 void Engine::leave_queue(EngineRequest& request) {
@@ -152,6 +176,10 @@ void Engine::update_stats() {
   stats_.num_cells = state_.info.num_cells;
   stats_.num_active_cells = state_.kv.num_active_cells();
   stats_.num_cached_cells = state_.kv.num_cells() - state_.kv.num_active_cells();
+  stats_.num_pinned = static_cast<std::int32_t>(pins_.size());
+  stats_.saved_bytes = static_cast<std::int64_t>(saved_bytes_);
+  stats_.host_cache_bytes = static_cast<std::int64_t>(state_.host.num_bytes());
+  stats_.cost_s = state_.cost.coefficients();
   stats_.num_graphs_reused = backend_->num_graphs_reused();
   const std::lock_guard lock(stats_mutex_);
   published_stats_ = stats_;
@@ -166,8 +194,17 @@ void Engine::check_integrity() const {
   std::int32_t num_active = 0;
   for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
     num_active += state_.kv.state(slot) == KvTree::SlotState::kActive ? 1 : 0;
-    demand(backend_->pos_max(slot) == state_.kv.length(slot) - 1,
+    const std::int32_t length = state_.kv.length(slot);
+    demand(backend_->pos_max(slot) == length - 1,
            "the model's memory and the account of it differ");
+    // The layers with the shortest memory still hold what the next token attends to.
+    const Position first = backend_->pos_min(slot);
+    const std::int32_t window = state_.info.window > 0 ? state_.info.window : length;
+    demand(state_.serves_whole_slots_only() || length == 0 || first <= std::max(0, length - window),
+           "the model's memory has lost positions that are needed");
+    demand(!state_.pinned[static_cast<std::size_t>(slot)] ||
+               state_.kv.state(slot) == KvTree::SlotState::kCached,
+           "a pinned slot is in use");
   }
   demand(num_active == static_cast<std::int32_t>(state_.running.size()),
          "a slot is held by no running sequence");

@@ -22,6 +22,16 @@ struct EngineStats {
   std::int32_t num_cells = 0;
   std::int32_t num_active_cells = 0;  ///< held by running sequences
   std::int32_t num_cached_cells = 0;  ///< held for their prefix only
+  std::int32_t num_pinned = 0;        ///< prefixes that are kept until unpin()
+  std::int64_t saved_bytes = 0;       ///< host memory of preempted sequences
+  std::int64_t host_cache_bytes = 0;  ///< host memory of evicted prefixes
+  // The last step that computed something.
+  std::int32_t step_decode_rows = 0;
+  std::int32_t step_prefill_tokens = 0;
+  double step_s = 0.0;  ///< inside the backend
+  /// What a decode call is predicted to take: [once, per prefill token, per decode row, per KV
+  /// token that a row attends to].
+  std::array<double, 4> cost_s{};
   // Since the start.
   std::int64_t num_steps = 0;
   std::int64_t num_micro_batches = 0;
@@ -30,13 +40,16 @@ struct EngineStats {
   std::int64_t num_prefill_tokens = 0;  ///< computed in chunks, after a preemption once more
   std::int64_t num_decode_rows = 0;     ///< computed one per sequence and step
   std::int64_t num_cached_tokens = 0;   ///< prompt tokens that a cached prefix saved
+  std::int64_t num_host_tokens = 0;     ///< those of them that came from host memory
+  std::int64_t num_filler_rows = 0;     ///< dummy rows that give calls a cheaper shape
   std::int64_t num_generated_tokens = 0;
   std::int64_t num_preemptions = 0;
   std::int64_t num_saves = 0;  ///< preemptions into host memory; the others are computed again
   std::int64_t num_evictions = 0;
   std::int64_t num_decode_failures = 0;
-  std::int64_t num_rebuilds = 0;               ///< of the context, after the device had failed
-  std::int64_t num_graphs_reused = 0;          ///< llama.cpp compute graphs that served again
+  std::int64_t num_interrupts = 0;     ///< decode calls cut short because all of it was cancelled
+  std::int64_t num_rebuilds = 0;       ///< of the context, after the device had failed
+  std::int64_t num_graphs_reused = 0;  ///< llama.cpp compute graphs that served again
   std::array<std::int64_t, 5> num_finished{};  ///< requests by FinishReason
   PhaseSeconds seconds;
 };

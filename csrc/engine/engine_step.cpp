@@ -13,9 +13,9 @@ std::vector<RequestId> Engine::run_step() {
   take_in();
   const double start = clock_();
   expire(start);
-  StepPlan plan = scheduler_.plan(state_);
+  const StepPlan plan = scheduler_.plan(state_);
   stats_.seconds.plan += clock_() - start;
-  step_number_ += 1;
+  state_.step += 1;
   stats_.num_steps += plan.micro_batches.empty() ? 0 : 1;
   if (plan.empty() && state_.running.empty() && !state_.waiting.empty()) {
     // Can't happen while a slot holds the longest sequence; waiting for it forever would be worse.
@@ -87,9 +87,53 @@ void Engine::drop_saved(EngineSequence& sequence) {
 }
 
 void Engine::evict(SeqId slot) {
+  save_prefix(slot);
+  drop_pin(slot);
   backend_->remove(slot, 0, -1);
   state_.kv.remove(slot);
   stats_.num_evictions += 1;
+}
+
+// To the host tier, where that is cheaper than to compute the prefix again and nobody else holds
+// it.
+void Engine::save_prefix(SeqId slot) {
+  const std::size_t room = state_.host.max_bytes();
+  if (room == 0) return;
+  HostCache::Entry entry{state_.kv.tokens(slot), {}};
+  const bool whole_only = state_.serves_whole_slots_only();
+  const auto length = static_cast<std::int32_t>(entry.tokens.size());
+  if (state_.kv.cells_freed_by(std::span(&slot, 1)) == 0) return;
+  const HostCache::Match known = state_.host.longest_match(entry.tokens, whole_only);
+  if (known.length == length) return;
+  const std::size_t bytes = backend_->saved_size(slot);
+  if (bytes == 0 || bytes > room) return;
+  if (state_.cost.is_ready() &&
+      !saving_pays(PreemptionMode::kAuto, length, bytes, state_.cost, state_.copy_speed)) {
+    return;
+  }
+  const double start = clock_();
+  entry.state.resize(bytes);
+  if (backend_->save(slot, entry.state) == 0) return;
+  state_.copy_speed.observe(bytes, clock_() - start);
+  state_.host.put(std::move(entry), whole_only);
+}
+
+// Where the state can't be restored, or not be cut back to what is wanted, the sequence computes
+// its prompt.
+void Engine::restore_prefix(const Admission& admission) {
+  const HostCache::Entry& entry = *admission.host;
+  const SeqId slot = admission.slot;
+  const double start = clock_();
+  state_.host.touch(admission.host);
+  if (!backend_->restore(slot, entry.state)) return;
+  state_.copy_speed.observe(entry.state.size(), clock_() - start);
+  if (!backend_->remove(slot, admission.prefix_length, -1)) {
+    backend_->remove(slot, 0, -1);
+    return;
+  }
+  const auto length = static_cast<std::size_t>(admission.prefix_length);
+  state_.kv.append(slot, std::span(entry.tokens).first(length));
+  stats_.num_host_tokens += admission.prefix_length;
 }
 
 void Engine::admit(const Admission& admission) {
@@ -98,6 +142,7 @@ void Engine::admit(const Admission& admission) {
   state_.waiting.erase(&sequence);
   sequence.slot = admission.slot;
   adopt_prefix(admission);
+  if (admission.host != nullptr) restore_prefix(admission);
   if (sequence.num_saved > 0) restore(sequence);
   sequence.num_computed = state_.kv.length(sequence.slot);
   const auto place =
@@ -127,38 +172,55 @@ void Engine::adopt_prefix(const Admission& admission) {
   }
   state_.kv.open(slot);
   if (admission.prefix_slot < 0) return;
-  state_.last_used[static_cast<std::size_t>(admission.prefix_slot)] = step_number_;
+  state_.last_used[static_cast<std::size_t>(admission.prefix_slot)] = state_.step;
   if (!backend_->copy(admission.prefix_slot, slot, admission.prefix_length)) return;
   state_.kv.share(admission.prefix_slot, slot, admission.prefix_length);
   sequence.num_shared = admission.prefix_length;
 }
 
 void Engine::run_micro_batches(const StepPlan& plan) {
+  if (plan.micro_batches.empty()) return;
+  stats_.step_decode_rows = stats_.step_prefill_tokens = 0;
+  stats_.step_s = 0.0;
   std::vector<PlannedRows> together;
   for (const PlannedMicroBatch& planned : plan.micro_batches) {
+    if (&planned != &plan.micro_batches.front()) {
+      // Who is cancelled or too late by now is not computed any further.
+      take_in();
+      expire(clock_());
+    }
     together.clear();
     for (const PlannedRows& rows : planned.rows) {
       if (!of(rows.sequence).is_suspect) {
         together.push_back(rows);
       } else if (!closing_) {
-        run_micro_batch(std::span(&rows, 1));
+        run_micro_batch(std::span(&rows, 1), {});
       }
     }
     if (closing_) return;
-    run_micro_batch(together);
+    run_micro_batch(together,
+                    together.size() == planned.rows.size() ? planned : PlannedMicroBatch{});
   }
 }
 
-void Engine::run_micro_batch(std::span<const PlannedRows> rows) {
+void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras) {
   std::vector<PlannedRows> live;
   live.reserve(rows.size());
   StepWork work;
   batch_.clear();
   sampled_rows_.clear();
+  // Among the others by slot: streams are cut where ids do not ascend one by one.
+  auto filler = extras.filler_slots.begin();
+  const auto add_fillers_below = [&](SeqId slot) {
+    for (; filler != extras.filler_slots.end() && *filler < slot; ++filler) {
+      batch_.add(0, state_.kv.length(*filler), *filler, true);
+    }
+  };
   for (const PlannedRows& planned : rows) {
     EngineSequence& sequence = of(planned.sequence);
     if (sequence.is_finished || sequence.slot < 0) continue;
     const std::int32_t count = std::min(planned.count, sequence.num_pending());
+    add_fillers_below(sequence.slot);
     for (std::int32_t i = 0; i < count; ++i) {
       const Position position = sequence.num_computed + i;
       const bool is_last = position + 1 == sequence.num_tokens();
@@ -173,30 +235,57 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows) {
     live.push_back({&sequence, count});
   }
   if (live.empty()) return;
+  add_fillers_below(state_.info.num_slots);
+  batch_.add_outputs(extras.num_extra_outputs);
 
   const double start = clock_();
-  const DecodeStatus status = decode();
+  const DecodeStatus status = decode(live);
   const double seconds = clock_() - start;
   stats_.seconds.decode += seconds;
+  forget_fillers(extras);
   if (status != DecodeStatus::kOk) {
     handle_failure(live, status);
     return;
+  }
+  if (work.prefill_tokens == 0) {
+    const double attention = state_.cost.coefficients()[3] * static_cast<double>(work.kv_tokens);
+    state_.row_shapes.observe(static_cast<std::int32_t>(batch_.size()), seconds - attention);
   }
   state_.cost.observe(work, seconds);
   stats_.num_micro_batches += 1;
   stats_.num_rows += static_cast<std::int64_t>(batch_.size());
   stats_.num_prefill_tokens += work.prefill_tokens;
   stats_.num_decode_rows += work.decode_rows;
+  stats_.num_filler_rows += static_cast<std::int64_t>(extras.filler_slots.size());
+  stats_.step_prefill_tokens += work.prefill_tokens;
+  stats_.step_decode_rows += work.decode_rows;
+  stats_.step_s += seconds;
   advance(live);
   sample_rows();
 }
 
-DecodeStatus Engine::decode() {
-  try {
-    return backend_->decode(batch_);
-  } catch (const std::exception&) {
-    return DecodeStatus::kComputeFailed;  // a Backend of somebody else's; ours throw nothing
+void Engine::forget_fillers(const PlannedMicroBatch& extras) {
+  for (const SeqId slot : extras.filler_slots) {
+    backend_->remove(slot, state_.kv.length(slot), -1);
   }
+}
+
+DecodeStatus Engine::decode(std::span<const PlannedRows> rows) {
+  {
+    const std::lock_guard lock(in_flight_mutex_);
+    for (const PlannedRows& planned : rows) {
+      const RequestId id = planned.sequence->request_id;
+      if (in_flight_.empty() || in_flight_.back() != id) in_flight_.push_back(id);
+    }
+  }
+  DecodeStatus status = DecodeStatus::kComputeFailed;
+  try {
+    status = backend_->decode(batch_);
+  } catch (const std::exception&) {  // a Backend of somebody else's; ours throw nothing
+  }
+  const std::lock_guard lock(in_flight_mutex_);
+  in_flight_.clear();
+  return status;
 }
 
 // The memory may hold any prefix of the failed batch: it is cut back to what is accounted for. From
@@ -204,14 +293,24 @@ DecodeStatus Engine::decode() {
 // alone is at fault, and nobody else pays for it.
 void Engine::handle_failure(std::span<const PlannedRows> rows, DecodeStatus status) {
   for (const PlannedRows& planned : rows) reconcile(of(planned.sequence));
-  if (status == DecodeStatus::kInterrupted) return;  // the next step computes the same again
+  if (status == DecodeStatus::kInterrupted) {  // whoever is left computes the same again
+    stats_.num_interrupts += 1;
+    return;
+  }
   stats_.num_decode_failures += 1;
   const std::string reason = backend_->last_error();
-  if (status == DecodeStatus::kNoSlot) evict_all();
+  if (status == DecodeStatus::kNoSlot && evict_all()) return;
   if (status == DecodeStatus::kComputeFailed) rebuild_backend();
   for (const PlannedRows& planned : rows) {
     EngineSequence& sequence = of(planned.sequence);
     if (!std::exchange(sequence.is_suspect, true)) continue;
+    if (status == DecodeStatus::kNoSlot && state_.running.size() > 1 &&
+        sequence.num_preemptions < scheduler_.config().max_preemptions) {
+      // Our account says that there is room, but some memories need more than it knows (windows
+      // whose cells are shared). It goes on when others have ended.
+      preempt(sequence);
+      continue;
+    }
     const int code = static_cast<int>(status);
     std::string message =
         "the model could not compute this request (status " + std::to_string(code) + ")";
@@ -238,10 +337,15 @@ void Engine::forget(EngineSequence& sequence) {
   sequence.num_shared = 0;
 }
 
-void Engine::evict_all() {
+// False where there was nothing to evict.
+bool Engine::evict_all() {
+  bool any = false;
   for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
-    if (state_.kv.state(slot) == KvTree::SlotState::kCached) evict(slot);
+    if (state_.kv.state(slot) != KvTree::SlotState::kCached) continue;
+    evict(slot);
+    any = true;
   }
+  return any;
 }
 
 // After a failure of the device nothing that it holds can be trusted.
@@ -260,7 +364,7 @@ void Engine::advance(std::span<const PlannedRows> rows) {
                                                    static_cast<std::size_t>(planned.count)));
     sequence.num_computed += planned.count;
     of(&sequence).is_suspect = false;
-    state_.last_used[static_cast<std::size_t>(sequence.slot)] = step_number_;
+    state_.last_used[static_cast<std::size_t>(sequence.slot)] = state_.step;
   }
 }
 
@@ -271,7 +375,7 @@ void Engine::fork(EngineSequence& leader) {
   for (const auto& sibling : leader.request->sequences) {
     if (sibling.get() == &leader || sibling->is_finished) continue;
     sibling->tokens = leader.tokens;
-    const SeqId slot = scheduler_.choose_slot(state_, {});
+    const SeqId slot = Scheduler::choose_slot(state_);
     if (state_.kv.state(slot) == KvTree::SlotState::kCached) evict(slot);
     state_.kv.open(slot);
     sibling->slot = slot;

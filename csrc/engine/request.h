@@ -39,6 +39,7 @@ struct RequestSpec {
   std::int32_t priority = 0;           ///< lower first
   std::optional<double> timeout_s;     ///< from submit, in the queue and while running
   bool streams = false;                ///< publish after every step, not just at the end
+  bool pins = false;                   ///< its prompt stays in the KV memory until unpin()
   std::shared_ptr<Notifier> notifier;  ///< told when there is something to take; may be null
 };
 

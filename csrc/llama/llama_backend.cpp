@@ -43,6 +43,7 @@ LlamaBackend::LlamaBackend(std::shared_ptr<const LlamaModel> model, const Contex
       .cells_per_slot = context_->cells_per_slot(),
       .n_ubatch = effective.n_ubatch,
       .max_outputs = effective.max_outputs,
+      .window = effective.swa_full ? 0 : model_->n_swa(),
       .layout = effective.layout,
       .memory = model_->memory_kind(),
   };

@@ -21,6 +21,7 @@ from batchcore.outputs import (
     TokenLogprobs,
 )
 from batchcore.params import SamplingParams
+from batchcore.pinned import PinnedPrefix
 
 __all__ = [
     "AsyncEngine",
@@ -30,6 +31,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Model",
+    "PinnedPrefix",
     "RequestHandle",
     "RequestMetrics",
     "RequestOutput",

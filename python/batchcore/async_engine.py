@@ -10,6 +10,8 @@ from batchcore import _core
 from batchcore.engine import Engine, submit_to
 from batchcore.errors import ConfigError, EngineClosedError, EngineError
 from batchcore.handle import AsyncRequestHandle
+from batchcore.params import SamplingParams
+from batchcore.pinned import PinnedPrefix
 
 if TYPE_CHECKING:
     import os
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from batchcore.engine import EngineStats, Prompt
     from batchcore.model import Model
     from batchcore.outputs import RequestOutput, StreamDelta
-    from batchcore.params import SamplingParams
 
 __all__ = ["AsyncEngine"]
 
@@ -173,6 +174,7 @@ class AsyncEngine:
         timeout: float | None,
         *,
         streams: bool,
+        pins: bool = False,
     ) -> AsyncRequestHandle:
         await self.start()
         engine = self.engine
@@ -189,10 +191,18 @@ class AsyncEngine:
             priority=priority,
             timeout=timeout,
             streams=streams,
+            pins=pins,
             notifier=self._notifier,
         )
         self._handles[handle.id] = handle
         return handle
+
+    async def warm(self, prompt: Prompt) -> PinnedPrefix:
+        """Compute a prompt and keep it for requests that start with it; see `Engine.warm`."""
+        once = SamplingParams(max_tokens=1)
+        handle = await self._submit(prompt, once, 0, None, streams=False, pins=True)
+        output = await handle
+        return PinnedPrefix(self.engine._native, handle.id, len(output.prompt_token_ids))
 
     def abort(self, request_id: int) -> None:
         """End a request as `cancelled` within one step; nothing happens where it has ended."""

@@ -15,6 +15,7 @@ from batchcore.errors import ConfigError, InvalidRequestError
 from batchcore.handle import RequestHandle, SteppedRequestHandle, _Handle
 from batchcore.model import Model
 from batchcore.params import SamplingParams
+from batchcore.pinned import PinnedPrefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,11 +55,28 @@ class EngineStats:
     """KV cells of running sequences; shared ones count once."""
     num_cached_cells: int
     """KV cells kept for the prefix they hold."""
+    num_pinned: int
+    """Prefixes that `warm` keeps."""
+    saved_bytes: int
+    """Host memory that preempted sequences take."""
+    host_cache_bytes: int
+    """Host memory that evicted prefixes take."""
+    step_decode_rows: int
+    """Of the last step: sequences that decoded,"""
+    step_prefill_tokens: int
+    """prompt tokens,"""
+    step_s: float
+    """seconds inside llama.cpp."""
+    cost_s: tuple[float, float, float, float]
+    """Predicted seconds of a decode call: once, per prompt token, per sequence that decodes, per KV
+    token that a row attends to."""
     num_steps: int
     num_micro_batches: int
     """Calls of llama.cpp's decode."""
     num_rows: int
-    """Tokens computed in all of them."""
+    """Rows computed in all of them."""
+    num_filler_rows: int
+    """Those of them that only give a call a cheaper shape."""
     num_prompt_tokens: int
     """Prompt tokens of the requests that were admitted."""
     num_prefill_tokens: int
@@ -67,6 +85,8 @@ class EngineStats:
     """Tokens computed one per sequence and step."""
     num_cached_tokens: int
     """Prompt tokens that a cached prefix saved."""
+    num_host_tokens: int
+    """Those of them that came back from host memory."""
     num_generated_tokens: int
     num_preemptions: int
     num_saves: int
@@ -74,6 +94,8 @@ class EngineStats:
     num_evictions: int
     """Cached prefixes given up for their cells or their slot."""
     num_decode_failures: int
+    num_interrupts: int
+    """Decode calls cut short because all that they computed was cancelled."""
     num_rebuilds: int
     """Contexts set up anew after the device had failed."""
     num_graphs_reused: int
@@ -113,6 +135,7 @@ class Engine:
         target_itl_ms: float | None = None,
         preemption: Literal["auto", "recompute", "save"] = "auto",
         max_saved_bytes: int = 1 << 30,
+        host_cache_bytes: int = 0,
         max_queued_requests: int = 10_000,
         max_queued_tokens: int = 10_000_000,
         n_threads: int | None = None,
@@ -146,6 +169,8 @@ class Engine:
             preemption: What becomes of a sequence whose cells are needed by others: its cells are
                 saved to host memory, or recomputed when it goes on; `auto` takes what is faster.
             max_saved_bytes: Host memory for saved cells at most; beyond, they are recomputed.
+            host_cache_bytes: Host memory for prefixes whose cells were needed by others: they are
+                copied back when a request starts with them, instead of computed again.
             max_queued_requests: Requests that wait for a slot at most; beyond, QueueFullError.
             max_queued_tokens: Prompt tokens of those at most.
             n_threads: CPU threads; None means one per usable core.
@@ -172,6 +197,7 @@ class Engine:
             ("n_threads", n_threads),
             ("max_sequence_tokens", max_sequence_tokens),
             ("max_saved_bytes", max_saved_bytes + 1),
+            ("host_cache_bytes", host_cache_bytes + 1),
         ):
             if value is not None:
                 _check_positive(**{name: value})
@@ -218,6 +244,7 @@ class Engine:
                     "prefix_caching": prefix_caching,
                     "preemption": preemption,
                     "max_saved_bytes": max_saved_bytes,
+                    "host_cache_bytes": host_cache_bytes,
                     "max_queued_requests": max_queued_requests,
                     "max_queued_tokens": max_queued_tokens,
                     "num_sampler_threads": threads,
@@ -332,6 +359,25 @@ class Engine:
         tokens = self.tokenize(prompt)
         return self._submit(tokens, params, priority=priority, timeout=timeout, streams=True)
 
+    def warm(self, prompt: Prompt) -> PinnedPrefix:
+        """Compute a prompt and keep it, so that requests which start with it are spared that.
+
+        For system prompts. Returns when it is there. Prefixes are shared token by token: a text
+        ends best where a token surely ends, as at the end of a turn of a chat template. Recurrent
+        and hybrid models share a prefix only as a whole.
+
+        Raises:
+            InvalidRequestError: The prompt can't be served, prefixes are not cached, or half of the
+                engine's slots keep one already.
+            EngineError: As `generate`.
+        """
+        tokens = self.tokenize(prompt)
+        handle = self._submit(
+            tokens, SamplingParams(max_tokens=1), priority=0, timeout=None, streams=False, pins=True
+        )
+        handle.result()
+        return PinnedPrefix(self._native, handle.id, len(tokens))
+
     def abort(self, request_id: int) -> None:
         """End a request as `cancelled` within one step; nothing happens where it has ended."""
         self._native.abort(request_id)
@@ -407,10 +453,18 @@ class Engine:
         priority: int,
         timeout: float | None,
         streams: bool,
+        pins: bool = False,
     ) -> RequestHandle:
         kind = RequestHandle if self.autostart else SteppedRequestHandle
         handle = submit_to(
-            self, tokens, params, kind, priority=priority, timeout=timeout, streams=streams
+            self,
+            tokens,
+            params,
+            kind,
+            priority=priority,
+            timeout=timeout,
+            streams=streams,
+            pins=pins,
         )
         if not self.autostart:
             self._stepped[handle.id] = handle
@@ -426,6 +480,7 @@ def submit_to(
     priority: int,
     timeout: float | None,
     streams: bool,
+    pins: bool = False,
     notifier: _core.Notifier | None = None,
 ) -> HandleT:
     """Queue a request and wrap its channel in a handle of `kind`."""
@@ -436,7 +491,7 @@ def submit_to(
     if timeout is not None and not timeout > 0:
         raise InvalidRequestError(f"timeout must be above 0 seconds, not {timeout}")
     channel = engine._native.submit(
-        tokens, params._to_native(), priority, timeout, streams, notifier
+        tokens, params._to_native(), priority, timeout, streams, pins, notifier
     )
     return kind(engine, channel, tokens, n=params.n, logprobs=params.logprobs is not None)
 

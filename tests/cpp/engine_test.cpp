@@ -377,6 +377,8 @@ TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing")
     options.memory = seed % 3 == 0 ? MemoryKind::kRecurrent : MemoryKind::kAttention;
     options.num_cells = options.layout == KvLayout::kUnified ? 90 : 8 * 90;
     options.prefix_caching = seed % 5 != 0;
+    options.cost.loose_row_s = seed % 7 < 4 ? 0.01 : 0.0;
+    options.host_cache_bytes = seed % 3 == 1 ? 4096 : 0;
     options.preemption = seed % 4 == 2 ? PreemptionMode::kSave : PreemptionMode::kAuto;
     auto owned = std::make_unique<FaultyBackend>(testing::sim_info(options), options.cost);
     owned->leaves_a_part = seed % 2 == 1;
@@ -392,14 +394,21 @@ TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing")
               request(random_prompt(random, 70), 1 + static_cast<int>(random() % 50));
           if (random() % 3 == 0) spec.prompt.assign(20 + random() % 30, 7);
           if (random() % 4 == 0) spec.sampling.n = 2 + static_cast<int>(random() % 3);
+          spec.pins = options.prefix_caching && spec.sampling.n == 1 && random() % 8 == 0;
           if (random() % 5 == 0) spec.timeout_s = 0.2;
           spec.priority = static_cast<int>(random() % 3);
           spec.streams = random() % 2 == 0;
-          all.emplace_back(spec, sim.engine.submit(spec));
+          try {
+            all.emplace_back(spec, sim.engine.submit(spec));
+          } catch (const InvalidRequestError&) {
+            REQUIRE(spec.pins);  // half of the slots are pinned
+          }
           break;
         }
         case 2:
-          if (!all.empty()) sim.engine.abort(all[random() % all.size()].second->id());
+          if (all.empty()) break;
+          sim.engine.abort(all[random() % all.size()].second->id());
+          if (random() % 4 == 0) sim.engine.unpin(all[random() % all.size()].second->id());
           break;
         default:
           sim.engine.step();

@@ -4,18 +4,21 @@
 
 #include <memory>
 #include <numeric>
+#include <span>
 #include <string>
 #include <vector>
+
+#include "core/eviction.h"
 
 namespace batchcore {
 namespace {
 
-BackendInfo info(KvLayout layout, std::int32_t num_cells = 64) {
+BackendInfo info(KvLayout layout, std::int32_t num_cells, std::int32_t num_slots) {
   BackendInfo backend;
   backend.n_vocab = 100;
-  backend.num_slots = 4;
+  backend.num_slots = num_slots;
   backend.num_cells = num_cells;
-  backend.cells_per_slot = layout == KvLayout::kUnified ? num_cells : num_cells / 4;
+  backend.cells_per_slot = layout == KvLayout::kUnified ? num_cells : num_cells / num_slots;
   backend.n_ubatch = 16;
   backend.max_outputs = 4;
   backend.layout = layout;
@@ -24,8 +27,9 @@ BackendInfo info(KvLayout layout, std::int32_t num_cells = 64) {
 
 // A state written down by hand: sequences with given tokens, some of them computed.
 struct Scene {
-  explicit Scene(KvLayout layout = KvLayout::kUnified, std::int32_t num_cells = 64)
-      : state(info(layout, num_cells)) {
+  explicit Scene(KvLayout layout = KvLayout::kUnified, std::int32_t num_cells = 64,
+                 std::int32_t num_slots = 4)
+      : state(info(layout, num_cells, num_slots)) {
     config.max_num_seqs = 3;
   }
 
@@ -214,12 +218,133 @@ TEST_CASE("cells that run out are taken from cached prefixes first, least recent
   Scene scene(KvLayout::kUnified, 20);
   scene.caches(1, numbers(40, 6), 7);
   scene.caches(2, numbers(60, 6), 3);
+  scene.state.step = 9;
   scene.runs(0, numbers(1, 8), 8 - 1);
   scene.all[0]->tokens.push_back(5);  // two pending: it prefills
   const StepPlan plan = scene.plan();
   CHECK(plan.preemptions.empty());
   CHECK(plan.evictions == std::vector<SeqId>{2});
   CHECK(Scene::rows(plan.micro_batches.at(0)) == "1x2");
+}
+
+TEST_CASE("of two prefixes of one age the one goes whose cells are cheaper to compute again") {
+  Scene scene(KvLayout::kUnified, 40);
+  scene.state.step = 9;
+  scene.caches(1, numbers(1, 20), 5);
+  scene.caches(2, numbers(60, 12), 5);
+  for (int i = 0; i < 40; ++i) {
+    const StepWork work{i % 9, 1 + i % 5, 10 * (i % 7)};
+    scene.state.cost.observe(
+        work, 0.01 + 0.001 * work.prefill_tokens + 1e-3 * static_cast<double>(work.kv_tokens));
+  }
+  CHECK(least_worth(scene.state, {}, {}, false) == 2);
+  scene.state.last_used[2] = 8;  // it served a moment ago
+  CHECK(least_worth(scene.state, {}, {}, false) == 1);
+  const SeqId keep = 1;
+  CHECK(least_worth(scene.state, std::span(&keep, 1), {}, false) == 2);
+}
+
+TEST_CASE("a prefix that others hold too is given up first, for nothing is lost") {
+  Scene scene(KvLayout::kUnified, 40);
+  scene.state.step = 9;
+  scene.caches(1, numbers(1, 8), 2);
+  scene.state.kv.open(2);
+  scene.state.kv.share(1, 2, 8);
+  scene.state.kv.append(2, numbers(50, 4));
+  scene.state.kv.set_cached(2);
+  scene.state.last_used[2] = 1;
+  CHECK(least_worth(scene.state, {}, {}, false) == 1);
+}
+
+TEST_CASE("pinned prefixes give way to nobody but a sequence that could not run otherwise") {
+  Scene scene(KvLayout::kUnified, 20);
+  scene.caches(1, numbers(40, 8), 1);
+  scene.state.pinned[1] = true;
+  scene.runs(0, numbers(1, 8), 7, 20);
+  scene.runs(2, numbers(20, 5), 4, 20);
+  const StepPlan two = scene.plan();
+  CHECK(two.evictions.empty());
+  CHECK(two.preemptions == std::vector<Sequence*>{scene.all[1].get()});
+  scene.state.running.pop_back();
+  scene.state.kv.remove(2);
+  scene.all[0]->tokens.insert(scene.all[0]->tokens.end(), 9, 3);  // needs 10 more, 5 are free
+  const StepPlan one = scene.plan();
+  CHECK(one.evictions == std::vector<SeqId>{1});
+  CHECK(Scene::rows(one.micro_batches.at(0)) == "1x10");
+}
+
+TEST_CASE("a prefix in host memory is restored where it goes further than what a slot holds") {
+  Scene scene(KvLayout::kUnified, 512);
+  scene.state.info.n_ubatch = 128;
+  scene.state.host.set_max_bytes(1000);
+  scene.state.host.put({std::vector<Token>(100, 7), std::vector<std::uint8_t>(10)}, false);
+  scene.caches(1, std::vector<Token>(20, 7), 1);
+  std::vector<Token> prompt(90, 7);
+  prompt.push_back(8);
+  scene.waits(prompt);
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 1);
+  CHECK(plan.admissions[0].host != nullptr);
+  CHECK(plan.admissions[0].prefix_length == 90);
+  CHECK(plan.admissions[0].prefix_slot == -1);
+  scene.caches(2, std::vector<Token>(60, 7), 1);  // 30 more are not worth a copy
+  CHECK(scene.plan().admissions.at(0).host == nullptr);
+}
+
+TEST_CASE("the faster number of rows is found by trying, and tried again later") {
+  RowShapes shapes;
+  double loose = 3.0;
+  const auto seconds = [&loose](std::int32_t rows) { return 10.0 + rows + loose * (rows % 4); };
+  const auto decode = [&](std::int32_t rows, int calls) {
+    int filled = 0;
+    for (int i = 0; i < calls; ++i) {
+      const std::int32_t size = shapes.preferred(rows);
+      CHECK((size == rows || size == RowShapes::next_group(rows)));
+      shapes.observe(size, seconds(size));
+      filled += size != rows ? 1 : 0;
+    }
+    return filled;
+  };
+  CHECK(shapes.preferred(8) == 8);
+  CHECK(decode(15, 300) > 280);  // 16 costs 26, 15 costs 34
+  loose = 0.0;
+  decode(15, 5000);  // now 15 costs 25; it is tried every 400 calls
+  CHECK(decode(15, 300) < 20);
+  CHECK(decode(2, 300) < 20);
+}
+
+TEST_CASE("calls get the number of rows that is known to be faster") {
+  Scene scene(KvLayout::kUnified, 4096);
+  scene.state.info.max_outputs = 16;
+  scene.state.info.n_ubatch = 512;
+  scene.config.max_num_seqs = 4;
+  for (int i = 0; i < 5; ++i) {
+    scene.state.row_shapes.observe(3, 0.060);
+    scene.state.row_shapes.observe(4, 0.048);
+  }
+  scene.runs(0, numbers(1, 4), 3);
+  scene.runs(1, numbers(1, 4), 3);
+  CHECK(scene.plan().micro_batches.at(0).filler_slots.empty());
+  scene.runs(2, numbers(1, 4), 3);
+  CHECK(scene.plan().micro_batches.at(0).filler_slots == std::vector<SeqId>{3});
+  // A prompt fills the rows by itself; the output head gets a row more.
+  scene.waits(std::vector<Token>(400, 9));
+  const PlannedMicroBatch batch = scene.plan().micro_batches.at(0);
+  CHECK(Scene::rows(batch) == "1x1 2x1 3x1 4x61");
+  CHECK(batch.filler_slots.empty());
+  CHECK(batch.num_extra_outputs == 1);
+}
+
+TEST_CASE("gaps between busy streams are bridged by dummy rows, as far as that pays") {
+  Scene scene(KvLayout::kStreams, 160, 16);
+  scene.runs(1, numbers(1, 4), 3);
+  scene.runs(4, numbers(1, 4), 3);
+  scene.runs(12, numbers(1, 4), 3);
+  CHECK(scene.plan().micro_batches.at(0).filler_slots == std::vector<SeqId>{2, 3});
+  scene.caches(2, numbers(1, 9), 1);
+  CHECK(scene.plan().micro_batches.at(0).filler_slots == std::vector<SeqId>{2, 3});
+  scene.state.info.memory = MemoryKind::kRecurrent;  // a dummy row could not be taken back
+  CHECK(scene.plan().micro_batches.at(0).filler_slots.empty());
 }
 
 TEST_CASE("then from who ranks last, who keeps its place in the queue") {
@@ -248,18 +373,18 @@ TEST_CASE("prompts are chunked by the target once the cost of steps is known") {
   scene.state.info.n_ubatch = 512;
   scene.runs(0, numbers(1, 3), 2);
   scene.waits(std::vector<Token>(400, 9));
-  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x64");
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x63");
   for (int i = 0; i < 40; ++i) {
     const std::int32_t prefill = 16 * (i % 9);
     const std::int32_t rows = 1 + i % 5;
     scene.state.cost.observe({prefill, rows, 0}, 0.010 + 0.001 * prefill + 0.002 * rows);
   }
   scene.config.target_itl_s = 0.114;
-  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x100");
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x99");  // 100 rows in all
   scene.config.target_itl_s = 0.020;
-  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x64");
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x63");
   scene.config.prefill_policy = PrefillPolicy::kLatency;
-  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x16");
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x15");
   scene.config.prefill_policy = PrefillPolicy::kThroughput;
   CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x400");
 }

@@ -37,6 +37,7 @@ struct SimOptions {
   bool prefix_caching = true;
   PreemptionMode preemption = PreemptionMode::kAuto;
   std::int64_t max_queued_requests = 1000;
+  std::size_t host_cache_bytes = 0;
   SimCost cost = {};
 };
 
@@ -62,6 +63,7 @@ inline EngineConfig sim_config(const SimOptions& options) {
   config.scheduler.prefix_caching = options.prefix_caching;
   config.scheduler.preemption = options.preemption;
   config.max_saved_bytes = std::size_t{1} << 20;
+  config.host_cache_bytes = options.host_cache_bytes;
   config.max_queued_requests = options.max_queued_requests;
   config.max_queued_tokens = 1'000'000;
   config.check_integrity = true;

@@ -1,0 +1,44 @@
+// Which number of rows a decode call had better have. Many kernels take rows in fours and do the
+// remainder one by one, so that 16 rows can cost less than 15; whether they do depends on the CPU
+// or GPU, the types of the weights and how llama.cpp was built. So it is learnt: now and then a
+// call gets dummy rows, and what was faster is kept.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace batchcore {
+
+class RowShapes {
+ public:
+  static constexpr std::int32_t kGroup = 4;
+
+  /// A decode call of `rows` rows, one per sequence, took `seconds` apart from attention.
+  void observe(std::int32_t rows, double seconds);
+
+  /// `rows`, or the next multiple of kGroup where calls of that size were faster.
+  [[nodiscard]] std::int32_t preferred(std::int32_t rows) const;
+
+  [[nodiscard]] static std::int32_t next_group(std::int32_t rows) {
+    return (rows + kGroup - 1) / kGroup * kGroup;
+  }
+
+ private:
+  static constexpr std::size_t kSamples = 5;
+  struct Times {
+    std::array<double, kSamples> recent{};
+    std::size_t count = 0;
+    std::int64_t last = 0;  // number of the call that was the last of this size
+
+    [[nodiscard]] bool is_known() const { return count >= kSamples; }
+    [[nodiscard]] double median() const;
+  };
+  [[nodiscard]] const Times* find(std::int32_t rows) const;
+
+  std::vector<Times> times_;  // by number of rows
+  std::int64_t num_calls_ = 0;
+};
+
+}  // namespace batchcore
