@@ -20,7 +20,7 @@ struct BackendInfo {
   std::int32_t cells_per_slot = 0;  ///< the longest sequence, in tokens
   std::int32_t n_ubatch = 0;        ///< tokens of one decode call at most
   std::int32_t max_outputs = 0;     ///< rows with logits of one decode call at most
-  std::int32_t window = 0;          ///< positions that a sliding-window memory keeps, 0 = all
+  std::int32_t window = 0;  ///< positions that a sliding-window memory surely keeps, 0 = all
   KvLayout layout = KvLayout::kUnified;
   MemoryKind memory = MemoryKind::kAttention;
 };

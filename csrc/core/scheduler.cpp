@@ -296,7 +296,7 @@ class Planner {
     const HostCache::Match match =
         state_.host.longest_match(prompt, state_.serves_whole_slots_only());
     if (match.length - have < kMinHostTokens) return {};
-    const bool pays = !state_.cost.is_ready() ||
+    const bool pays = config_.preemption == PreemptionMode::kSave || !state_.cost.is_ready() ||
                       state_.copy_speed.seconds(match.entry->state.size()) <
                           (match.length - have) * state_.cost.seconds_per_prefill_token();
     return pays ? match : HostCache::Match{};
@@ -428,7 +428,7 @@ class Planner {
   // A dummy row may go where it can be taken back: on an empty slot, or behind a prefix of a memory
   // that can be cut back.
   void find_fillable() {
-    const bool can_cut = state_.info.window == 0 && !state_.serves_whole_slots_only();
+    const bool can_cut = !state_.serves_whole_slots_only();
     fillable_.assign(static_cast<std::size_t>(state_.info.num_slots), 0);
     for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
       const KvTree::SlotState holds = state_.kv.state(slot);

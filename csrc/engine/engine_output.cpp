@@ -200,7 +200,8 @@ void Engine::check_integrity() const {
     // The layers with the shortest memory still hold what the next token attends to.
     const Position first = backend_->pos_min(slot);
     const std::int32_t window = state_.info.window > 0 ? state_.info.window : length;
-    demand(state_.serves_whole_slots_only() || length == 0 || first <= std::max(0, length - window),
+    demand(state_.serves_whole_slots_only() || length == 0 ||
+               first <= std::max(0, length - window + 1),
            "the model's memory has lost positions that are needed");
     demand(!state_.pinned[static_cast<std::size_t>(slot)] ||
                state_.kv.state(slot) == KvTree::SlotState::kCached,

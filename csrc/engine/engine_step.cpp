@@ -107,8 +107,10 @@ void Engine::save_prefix(SeqId slot) {
   if (known.length == length) return;
   const std::size_t bytes = backend_->saved_size(slot);
   if (bytes == 0 || bytes > room) return;
-  if (state_.cost.is_ready() &&
-      !saving_pays(PreemptionMode::kAuto, length, bytes, state_.cost, state_.copy_speed)) {
+  const PreemptionMode mode = scheduler_.config().preemption == PreemptionMode::kSave
+                                  ? PreemptionMode::kSave
+                                  : PreemptionMode::kAuto;
+  if (state_.cost.is_ready() && !saving_pays(mode, length, bytes, state_.cost, state_.copy_speed)) {
     return;
   }
   const double start = clock_();

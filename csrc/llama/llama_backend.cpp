@@ -43,7 +43,7 @@ LlamaBackend::LlamaBackend(std::shared_ptr<const LlamaModel> model, const Contex
       .cells_per_slot = context_->cells_per_slot(),
       .n_ubatch = effective.n_ubatch,
       .max_outputs = effective.max_outputs,
-      .window = effective.swa_full ? 0 : model_->n_swa(),
+      .window = model_->n_swa(),  // full-size windows too reuse cells that are masked
       .layout = effective.layout,
       .memory = model_->memory_kind(),
   };

@@ -9,11 +9,11 @@
 
 namespace batchcore {
 
-// Whether a sequence that holds [held_from, end) can go on at `end`: with a sliding window, the
-// layers that have one need the last n_swa positions, and llama.cpp does not notice a hole.
+// Whether a sequence that holds [held_from, end) can go on at `end`: with a sliding window, a token
+// attends to the n_swa positions up to its own, and llama.cpp does not notice a hole.
 bool LlamaBackend::window_allows(Position held_from, Position end) const {
   const std::int32_t window = context_->model().n_swa();
-  return window <= 0 || held_from <= std::max(0, end - window);
+  return window <= 0 || held_from <= std::max(0, end - window + 1);
 }
 
 bool LlamaBackend::copy_pending(SeqId seq_id) const {

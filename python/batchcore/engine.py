@@ -170,7 +170,8 @@ class Engine:
                 saved to host memory, or recomputed when it goes on; `auto` takes what is faster.
             max_saved_bytes: Host memory for saved cells at most; beyond, they are recomputed.
             host_cache_bytes: Host memory for prefixes whose cells were needed by others: they are
-                copied back when a request starts with them, instead of computed again.
+                copied back when a request starts with them, where that is faster than to compute
+                them again (with `preemption="save"`, always).
             max_queued_requests: Requests that wait for a slot at most; beyond, QueueFullError.
             max_queued_tokens: Prompt tokens of those at most.
             n_threads: CPU threads; None means one per usable core.
