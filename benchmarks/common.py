@@ -40,9 +40,9 @@ def models(options: argparse.Namespace) -> Iterable[Model]:
 
 def distinct_prompt(model: Model, seed: int, num_tokens: int) -> list[int]:
     """Exactly so many tokens of made-up prose that shares no prefix with another seed's."""
-    words = "river stone light garden engine paper winter signal market window copper letter".split()
+    words = "river stone light garden engine paper winter signal market window copper letter"
     rng = random.Random(seed)
-    text = f"{seed}. " + " ".join(rng.choice(words) for _ in range(2 * num_tokens))
+    text = f"{seed}. " + " ".join(rng.choice(words.split()) for _ in range(2 * num_tokens))
     return model.tokenize_prompt(text)[:num_tokens]
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import time
 
 import batchcore as bc
-from common import distinct_prompt, largest_gap_where_parted, models, num_equal
+from common import distinct_prompt, largest_gap_where_parted, models, num_equal, report, write_json
 from common import parser as make_parser
-from common import report, write_json
 
 
 def main() -> None:

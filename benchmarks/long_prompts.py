@@ -12,14 +12,15 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import batchcore as bc
 import numpy as np
-from batchcore.model import Model
-from common import distinct_prompt, models
+from common import distinct_prompt, models, report, write_json
 from common import parser as make_parser
-from common import report, write_json
+
+if TYPE_CHECKING:
+    from batchcore.model import Model
 
 NUM_STREAMS = 8
 
@@ -28,6 +29,7 @@ class Stream(threading.Thread):
     """Reads one stream and keeps the time of every token."""
 
     def __init__(self, engine: bc.Engine, prompt: list[int], max_tokens: int) -> None:
+        """Submit the prompt."""
         super().__init__()
         params = bc.SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
         self.handle = engine.submit(prompt, params)

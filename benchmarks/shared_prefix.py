@@ -10,9 +10,8 @@ from __future__ import annotations
 import time
 
 import batchcore as bc
-from common import distinct_prompt, largest_gap_where_parted, models, num_equal
+from common import distinct_prompt, largest_gap_where_parted, models, num_equal, report, write_json
 from common import parser as make_parser
-from common import report, write_json
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
             # Each generated token but the last of a request is a row too.
             computed = (
                 stats.num_rows
-                - stats.num_filler_rows
+                - stats.padding.num_filler_rows
                 - (stats.num_generated_tokens - options.requests)
             )
             rows.append(

@@ -12,12 +12,12 @@ import collections
 import random
 import threading
 import time
+from typing import Any
 
 import batchcore as bc
 import psutil
-from common import distinct_prompt, models
+from common import distinct_prompt, models, report, write_json
 from common import parser as make_parser
-from common import report, write_json
 
 
 def main() -> None:
@@ -29,13 +29,12 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for model in models(options):
-        for layout in ("unified", "streams"):
-            rows.append(soak(model, layout, options))
+        rows.extend(soak(model, layout, options) for layout in ("unified", "streams"))
     report("Soak", rows)
     write_json(options, rows)
 
 
-def soak(model: bc.Model, layout: str, options) -> dict:
+def soak(model: bc.Model, layout: Any, options: Any) -> dict[str, Any]:
     """Send all requests from several threads and count how they end."""
     ends: collections.Counter[str] = collections.Counter()
     lock = threading.Lock()

@@ -116,14 +116,25 @@ SamplingParams sampling_params(const py::dict& values) {
   return params;
 }
 
-std::shared_ptr<RequestChannel> submit(Engine& engine, std::vector<Token> prompt,
-                                       const SamplingParams& sampling, std::int32_t priority,
-                                       std::optional<double> timeout_s, bool streams, bool pins,
-                                       std::shared_ptr<Notifier> notifier) {
-  RequestSpec spec{std::move(prompt), sampling, priority,           timeout_s,
-                   streams,           pins,     std::move(notifier)};
+std::vector<std::shared_ptr<RequestChannel>> submit(Engine& engine,
+                                                    std::vector<std::vector<Token>> prompts,
+                                                    const std::vector<SamplingParams>& sampling,
+                                                    std::int32_t priority,
+                                                    std::optional<double> timeout_s, bool streams,
+                                                    bool pins, bool in_lock_step,
+                                                    const std::shared_ptr<Notifier>& notifier) {
+  std::vector<RequestSpec> specs(prompts.size());
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    specs[i].prompt = std::move(prompts[i]);
+    specs[i].sampling = sampling.at(i);
+    specs[i].priority = priority;
+    specs[i].timeout_s = timeout_s;
+    specs[i].streams = streams;
+    specs[i].pins = pins;
+    specs[i].notifier = notifier;
+  }
   const py::gil_scoped_release release;
-  return engine.submit(std::move(spec));
+  return engine.submit_all(std::move(specs), in_lock_step);
 }
 
 py::tuple to_tuple(const TokenLogprob& value) { return py::make_tuple(value.token, value.logprob); }
@@ -158,7 +169,8 @@ py::object take(RequestChannel& channel) {
   return py::make_tuple(
       deltas, update->finished, update->error ? to_python_error(update->error) : py::none(),
       py::make_tuple(times.arrival_s, times.admitted_s, times.first_token_s, times.finished_s,
-                     times.num_cached_tokens, times.num_preemptions));
+                     times.num_cached_tokens, times.num_preemptions, times.attention_needed,
+                     times.attention_computed));
 }
 
 py::dict stats(const Engine& engine) {
@@ -176,10 +188,14 @@ py::dict stats(const Engine& engine) {
       "host_cache_bytes"_a = s.host_cache_bytes, "step_decode_rows"_a = s.step_decode_rows,
       "step_prefill_tokens"_a = s.step_prefill_tokens, "step_s"_a = s.step_s,
       "cost_s"_a = py::tuple(py::cast(s.cost_s)), "num_host_tokens"_a = s.num_host_tokens,
-      "num_filler_rows"_a = s.num_filler_rows, "num_interrupts"_a = s.num_interrupts,
-      "num_rows"_a = s.num_rows, "num_prompt_tokens"_a = s.num_prompt_tokens,
-      "num_prefill_tokens"_a = s.num_prefill_tokens, "num_decode_rows"_a = s.num_decode_rows,
-      "num_cached_tokens"_a = s.num_cached_tokens,
+      "padding"_a = py::dict(
+          "busy_slot_steps"_a = s.busy_slot_steps, "idle_slot_steps"_a = s.idle_slot_steps,
+          "attention_needed"_a = s.attention_needed, "attention_computed"_a = s.attention_computed,
+          "num_rows"_a = s.num_rows, "num_filler_rows"_a = s.num_filler_rows,
+          "num_extra_outputs"_a = s.num_extra_outputs),
+      "num_interrupts"_a = s.num_interrupts, "num_rows"_a = s.num_rows,
+      "num_prompt_tokens"_a = s.num_prompt_tokens, "num_prefill_tokens"_a = s.num_prefill_tokens,
+      "num_decode_rows"_a = s.num_decode_rows, "num_cached_tokens"_a = s.num_cached_tokens,
       "num_generated_tokens"_a = s.num_generated_tokens, "num_preemptions"_a = s.num_preemptions,
       "num_saves"_a = s.num_saves, "num_evictions"_a = s.num_evictions,
       "num_decode_failures"_a = s.num_decode_failures, "num_rebuilds"_a = s.num_rebuilds,
@@ -213,8 +229,9 @@ void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "The loop; see batchcore.Engine.")
       .def(py::init(&make_engine), py::arg("model"), py::arg("context"), py::arg("engine"))
       .def("start", &Engine::start, ReleaseGil())
-      .def("submit", &submit, py::arg("prompt"), py::arg("sampling"), py::arg("priority"),
-           py::arg("timeout_s"), py::arg("streams"), py::arg("pins"), py::arg("notifier"))
+      .def("submit", &submit, py::arg("prompts"), py::arg("sampling"), py::arg("priority"),
+           py::arg("timeout_s"), py::arg("streams"), py::arg("pins"), py::arg("in_lock_step"),
+           py::arg("notifier"))
       .def("abort", &Engine::abort, py::arg("request_id"), ReleaseGil())
       .def("unpin", &Engine::unpin, py::arg("request_id"), ReleaseGil())
       .def("step", &Engine::step, ReleaseGil())

@@ -25,6 +25,21 @@ struct BackendInfo {
   MemoryKind memory = MemoryKind::kAttention;
 };
 
+/// What attention goes over in a decode call: key positions, summed over the layers that have any.
+struct AttentionShape {
+  std::int32_t num_full_layers = 0;
+  std::int32_t num_window_layers = 0;
+  std::int32_t window = 0;
+  std::int64_t computed_per_row = 0;  ///< with other sequences' cells, holes and padding
+
+  /// Those that a token at `position` attends to.
+  [[nodiscard]] std::int64_t needed(Position position) const {
+    const std::int64_t all = position + 1;
+    const std::int64_t last = all < window ? all : window;
+    return num_full_layers * all + num_window_layers * last;
+  }
+};
+
 /// Outcome of decode(), with llama.cpp's return code as value.
 enum class DecodeStatus {
   kOk = 0,
@@ -51,6 +66,9 @@ class Backend {
   /// Logits (n_vocab floats) of row `index` of the last batch, which must have asked for output.
   /// Valid until the next decode(). Nullptr where there are none.
   [[nodiscard]] virtual const float* logits(std::int32_t index) = 0;
+
+  /// Of the last decode(), which was this batch. All zero where there is no attention.
+  [[nodiscard]] virtual AttentionShape attention_shape(const MicroBatch& batch) const = 0;
 
   /// Forgets positions [begin, end) of a sequence; end < 0 means all from begin. False where this
   /// memory can't forget just that part (recurrent); forgetting a whole sequence always succeeds.

@@ -51,10 +51,12 @@ class Planner {
   }
 
   StepPlan plan() {
-    choose_decoding();
+    choose_decoding(true);
     budget_ = prefill_budget();
     continue_prefill();
     admit();
+    // A static batch that is larger than what fits would wait for itself.
+    if (is_alone()) choose_decoding(false);
     build_micro_batches();
     return std::move(plan_);
   }
@@ -134,9 +136,10 @@ class Planner {
 
   // Every sequence that decodes is in every step; in rank order, so that a sequence which can't get
   // a cell is always the last in rank.
-  void choose_decoding() {
+  void choose_decoding(bool in_lock_step) {
     for (Sequence* sequence : state_.running) {
       if (!sequence->is_decoding() || is_preempted(sequence)) continue;
+      if (in_lock_step && sequence->has_started && sequence->batch->is_prefilling()) continue;
       if (secure_cells(1, sequence)) {
         decoding_.push_back(sequence);
         planned_cells_ += 1;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/static_batch.h"
 #include "core/types.h"
 
 namespace batchcore {
@@ -35,7 +36,9 @@ struct Sequence {
   std::int32_t num_shared = 0;    ///< leading cells that it shares with other sequences
   std::int32_t num_forks = 0;     ///< sibling completions that start when this prefill is done
   std::int32_t num_preemptions = 0;
-  std::int32_t num_saved = 0;  ///< tokens whose cells lie in host memory since a preemption
+  StaticBatch* batch = nullptr;  ///< the static batch that it belongs to, if any
+  bool has_started = false;      ///< it is in that batch's num_started
+  std::int32_t num_saved = 0;    ///< tokens whose cells lie in host memory since a preemption
 
   [[nodiscard]] std::int32_t num_tokens() const { return static_cast<std::int32_t>(tokens.size()); }
   [[nodiscard]] std::int32_t num_pending() const { return num_tokens() - num_computed; }

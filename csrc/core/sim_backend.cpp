@@ -84,6 +84,19 @@ const float* SimBackend::logits(std::int32_t index) {
          static_cast<std::size_t>(row_of_index_[i]) * static_cast<std::size_t>(info_.n_vocab);
 }
 
+// One layer, in blocks of 256 cells as llama.cpp has them.
+AttentionShape SimBackend::attention_shape(const MicroBatch& batch) const {
+  std::size_t cells = holders_.size();
+  if (info_.layout == KvLayout::kStreams) {
+    cells = 0;
+    for (const SeqId seq_id : batch.seq_ids) {
+      cells = std::max(cells, sequences_[static_cast<std::size_t>(seq_id)].size());
+    }
+  }
+  constexpr std::size_t kBlock = 256;
+  return {1, 0, 0, static_cast<std::int64_t>((cells + kBlock - 1) / kBlock * kBlock)};
+}
+
 bool SimBackend::remove(SeqId seq_id, Position begin, Position end) {
   std::vector<Cell>& held = cells(seq_id);
   const auto size = static_cast<Position>(held.size());

@@ -94,48 +94,79 @@ void Engine::validate(const RequestSpec& spec) const {
 }
 
 std::shared_ptr<RequestChannel> Engine::submit(RequestSpec spec) {
+  std::vector<RequestSpec> one;
+  one.push_back(std::move(spec));
+  return submit_all(std::move(one), false).front();
+}
+
+std::vector<std::shared_ptr<RequestChannel>> Engine::submit_all(std::vector<RequestSpec> specs,
+                                                                bool in_lock_step) {
   check_process();
-  validate(spec);
-  auto request = std::make_unique<EngineRequest>();
-  request->spec = std::move(spec);
-  request->metrics.arrival_s = clock_();
-  request->deadline = request->spec.timeout_s
-                          ? request->metrics.arrival_s + *request->spec.timeout_s
-                          : std::numeric_limits<double>::infinity();
-  const auto num_tokens = static_cast<std::int64_t>(request->spec.prompt.size());
+  std::shared_ptr<StaticBatch> batch;
+  if (in_lock_step) batch = std::make_shared<StaticBatch>();
+  std::int64_t num_tokens = 0;
+  std::int32_t num_pins = 0;
+  for (const RequestSpec& spec : specs) {
+    validate(spec);
+    num_tokens += static_cast<std::int64_t>(spec.prompt.size());
+    num_pins += spec.pins ? 1 : 0;
+    if (in_lock_step) batch->size += spec.sampling.n;
+  }
+  const double now = clock_();
+  std::vector<std::unique_ptr<EngineRequest>> requests;
+  std::vector<std::shared_ptr<RequestChannel>> channels;
+  for (RequestSpec& spec : specs) {
+    auto request = std::make_unique<EngineRequest>();
+    request->spec = std::move(spec);
+    request->batch = batch;
+    request->metrics.arrival_s = now;
+    request->deadline = request->spec.timeout_s ? now + *request->spec.timeout_s
+                                                : std::numeric_limits<double>::infinity();
+    requests.push_back(std::move(request));
+  }
+  channels.reserve(requests.size());
 
   std::unique_lock lock(inbox_mutex_);
   if (closing_) throw EngineClosedError("the engine is closed");
-  if (queued_requests_ >= config_.max_queued_requests) {
+  require_room(static_cast<std::int64_t>(requests.size()), num_tokens, num_pins);
+  for (auto& request : requests) {
+    request->id = next_id_++;
+    request->channel = std::make_shared<RequestChannel>(request->id, request->spec.notifier);
+    channels.push_back(request->channel);
+  }
+  inbox_.requests.reserve(inbox_.requests.size() + requests.size());
+  // From here on nothing throws.
+  queued_requests_ += static_cast<std::int64_t>(requests.size());
+  queued_tokens_ += num_tokens;
+  num_pins_ += num_pins;
+  num_open_ += static_cast<std::int64_t>(requests.size());
+  for (auto& request : requests) inbox_.requests.push_back(std::move(request));
+  lock.unlock();
+  inbox_ready_.notify_one();
+  return channels;
+}
+
+// Holds inbox_mutex_.
+void Engine::require_room(std::int64_t num_requests, std::int64_t num_tokens,
+                          std::int32_t num_pins) const {
+  if (queued_requests_ + num_requests > config_.max_queued_requests) {
     throw QueueFullError(
         "the queue is full: " + std::to_string(queued_requests_) + " requests are waiting",
         config_.max_queued_requests);
   }
   // One request is always taken, however long, so that the bound can't make a valid one impossible.
-  if (queued_requests_ > 0 && queued_tokens_ + num_tokens > config_.max_queued_tokens) {
+  const bool is_first = queued_requests_ == 0 && num_requests == 1;
+  if (!is_first && queued_tokens_ + num_tokens > config_.max_queued_tokens) {
     throw QueueFullError(
         "the queue is full: " + std::to_string(queued_tokens_) + " prompt tokens are waiting",
         config_.max_queued_tokens);
   }
-  if (request->spec.pins) {
-    // Half of the slots stay for everybody else.
-    const std::int32_t most = std::max(1, state_.info.num_slots / 2);
-    if (num_pins_ >= most) {
-      throw InvalidRequestError("this engine can keep " + std::to_string(most) +
-                                " prefixes, and does");
-    }
-    num_pins_ += 1;
+  // Half of the slots stay for everybody else.
+  const std::int32_t most = std::max(1, state_.info.num_slots / 2);
+  if (num_pins > 0 && num_pins_ + num_pins > most) {
+    throw InvalidRequestError("this engine can keep " + std::to_string(most) +
+                              " prefixes, and does");
   }
-  request->id = next_id_++;
-  request->channel = std::make_shared<RequestChannel>(request->id, request->spec.notifier);
-  auto channel = request->channel;
-  queued_requests_ += 1;
-  queued_tokens_ += num_tokens;
-  num_open_ += 1;
-  inbox_.requests.push_back(std::move(request));
-  lock.unlock();
-  inbox_ready_.notify_one();
-  return channel;
 }
 
 void Engine::abort(RequestId id) {
@@ -236,6 +267,7 @@ void Engine::accept(std::unique_ptr<EngineRequest> request) {
         std::min<std::int64_t>(std::int64_t{num_prompt} + spec.sampling.max_tokens,
                                std::int64_t{state_.info.cells_per_slot} + 1));
     sequence->delta.index = index;
+    sequence->batch = request->batch.get();
     request->sequences.push_back(std::move(sequence));
   }
   EngineSequence& leader = *request->sequences.front();

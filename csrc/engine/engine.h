@@ -61,6 +61,11 @@ class Engine {
   /// EngineClosedError, and then the request never existed.
   [[nodiscard]] std::shared_ptr<RequestChannel> submit(RequestSpec spec);
 
+  /// Queues all of them or, where one can't be served, none. `in_lock_step` makes them a static
+  /// batch.
+  [[nodiscard]] std::vector<std::shared_ptr<RequestChannel>> submit_all(
+      std::vector<RequestSpec> specs, bool in_lock_step);
+
   /// Ends a request as kCancelled within one step, which is cut short where all that it computes
   /// is cancelled and the device can. Does nothing for one that has ended.
   void abort(RequestId id);
@@ -96,6 +101,8 @@ class Engine {
   // engine.cpp: what other threads call, and the loop.
   void check_process() const;
   void validate(const RequestSpec& spec) const;
+  void require_room(std::int64_t num_requests, std::int64_t num_tokens,
+                    std::int32_t num_pins) const;
   void run();
   void take_in();
   void accept(std::unique_ptr<EngineRequest> request);
@@ -124,6 +131,7 @@ class Engine {
   void rebuild_backend();
   bool evict_all();
   void advance(std::span<const PlannedRows> rows);
+  void count_padding(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras);
   void fork(EngineSequence& leader);
   void sample_rows();
 

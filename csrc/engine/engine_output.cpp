@@ -23,6 +23,10 @@ void Engine::add_token(EngineSequence& sequence, SampledToken& sampled) {
   const Token token = sampled.token;
   if (request.metrics.first_token_s == 0.0) request.metrics.first_token_s = clock_();
   stats_.num_generated_tokens += 1;
+  if (sequence.batch != nullptr) {
+    stats_.busy_slot_steps += 1;
+    if (!std::exchange(sequence.has_started, true)) sequence.batch->num_started += 1;
+  }
   const StopCause cause = sequence.sampler.stop_cause(token);
   sequence.tokens.push_back(token);
   sequence.sampler.accept(token);
@@ -66,6 +70,10 @@ void Engine::finish(EngineSequence& sequence, FinishReason reason, StopReason wh
   sequence.delta.stop_reason = std::move(why);
   if (reason == FinishReason::kStop || reason == FinishReason::kLength) {
     state_.history.record(sequence.num_generated());
+  }
+  if (sequence.batch != nullptr) {
+    if (!std::exchange(sequence.has_started, true)) sequence.batch->num_started += 1;
+    sequence.batch->num_ended += 1;
   }
   state_.waiting.erase(&sequence);
   release_slot(sequence);

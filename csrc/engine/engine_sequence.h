@@ -40,6 +40,7 @@ struct EngineRequest {
   RequestSpec spec;
   std::shared_ptr<RequestChannel> channel;
   std::vector<std::unique_ptr<EngineSequence>> sequences;  ///< by completion index
+  std::shared_ptr<StaticBatch> batch;  ///< shared by its members, null where there is none
   std::int32_t num_unfinished = 0;
   double deadline = 0.0;  ///< on the engine's clock, infinity where there is none
   bool was_admitted = false;

@@ -43,6 +43,12 @@ struct EngineStats {
   std::int64_t num_host_tokens = 0;     ///< those of them that came from host memory
   std::int64_t num_filler_rows = 0;     ///< dummy rows that give calls a cheaper shape
   std::int64_t num_generated_tokens = 0;
+  // Padding, in the three senses that it has here.
+  std::int64_t busy_slot_steps = 0;     ///< tokens of static batches
+  std::int64_t idle_slot_steps = 0;     ///< slots of ended sequences, while their batch went on
+  std::int64_t attention_needed = 0;    ///< key positions that rows attend to, over all layers
+  std::int64_t attention_computed = 0;  ///< those that attention went over
+  std::int64_t num_extra_outputs = 0;   ///< logits that nobody asked for
   std::int64_t num_preemptions = 0;
   std::int64_t num_saves = 0;  ///< preemptions into host memory; the others are computed again
   std::int64_t num_evictions = 0;

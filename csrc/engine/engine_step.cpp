@@ -262,8 +262,33 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   stats_.step_prefill_tokens += work.prefill_tokens;
   stats_.step_decode_rows += work.decode_rows;
   stats_.step_s += seconds;
+  count_padding(live, extras);
   advance(live);
   sample_rows();
+}
+
+void Engine::count_padding(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras) {
+  const AttentionShape shape = backend_->attention_shape(batch_);
+  stats_.attention_computed += shape.computed_per_row * static_cast<std::int64_t>(batch_.size());
+  stats_.num_extra_outputs += extras.num_extra_outputs;
+  std::vector<const StaticBatch*> counted;
+  for (const PlannedRows& planned : rows) {
+    const EngineSequence& sequence = of(planned.sequence);
+    RequestMetrics& metrics = sequence.request->metrics;
+    std::int64_t needed = 0;
+    for (std::int32_t i = 0; i < planned.count; ++i) {
+      needed += shape.needed(sequence.num_computed + i);
+    }
+    stats_.attention_needed += needed;
+    metrics.attention_needed += needed;
+    metrics.attention_computed += shape.computed_per_row * planned.count;
+    // Once per step and batch: in lock-step all of its members are in one call.
+    const StaticBatch* batch = sequence.batch;
+    if (batch == nullptr || !sequence.has_started) continue;
+    if (std::find(counted.begin(), counted.end(), batch) != counted.end()) continue;
+    counted.push_back(batch);
+    stats_.idle_slot_steps += batch->num_ended;
+  }
 }
 
 void Engine::forget_fillers(const PlannedMicroBatch& extras) {

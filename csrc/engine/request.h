@@ -61,6 +61,8 @@ struct RequestMetrics {
   double finished_s = 0.0;
   std::int32_t num_cached_tokens = 0;
   std::int32_t num_preemptions = 0;
+  std::int64_t attention_needed = 0;    ///< key positions that its rows attend to, over all layers
+  std::int64_t attention_computed = 0;  ///< those that attention went over for them
 };
 
 struct RequestUpdate {

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "core/errors.h"
+#include "llama/attention_shape.h"
 #include "llama/llama_log.h"
 
 namespace batchcore {
@@ -181,6 +182,10 @@ const float* LlamaBackend::logits(std::int32_t index) {
   const auto row = static_cast<std::size_t>(index);
   if (index < 0 || row >= has_logits_.size() || has_logits_[row] == 0) return nullptr;
   return llama_get_logits_ith(context_->get(), index);  // waits for the device
+}
+
+AttentionShape LlamaBackend::attention_shape(const MicroBatch& batch) const {
+  return batchcore::attention_shape(memory_, batch, info_.window);
 }
 
 Position LlamaBackend::pos_min(SeqId seq_id) const {

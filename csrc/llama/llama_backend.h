@@ -29,6 +29,7 @@ class LlamaBackend final : public Backend {
   [[nodiscard]] const BackendInfo& info() const override { return info_; }
   DecodeStatus decode(const MicroBatch& batch) override;
   [[nodiscard]] const float* logits(std::int32_t index) override;
+  [[nodiscard]] AttentionShape attention_shape(const MicroBatch& batch) const override;
   bool remove(SeqId seq_id, Position begin, Position end) override;
   bool copy(SeqId from, SeqId to, Position end) override;
   [[nodiscard]] Position pos_min(SeqId seq_id) const override;

@@ -9,7 +9,7 @@ from batchcore import _cpu  # noqa: F401
 from batchcore import errors
 from batchcore._core import __version__
 from batchcore.async_engine import AsyncEngine
-from batchcore.engine import Engine, EngineStats
+from batchcore.engine import Engine
 from batchcore.errors import BatchcoreError
 from batchcore.handle import AsyncRequestHandle, RequestHandle
 from batchcore.model import Model
@@ -17,11 +17,13 @@ from batchcore.outputs import (
     CompletionOutput,
     RequestMetrics,
     RequestOutput,
+    RequestPadding,
     StreamDelta,
     TokenLogprobs,
 )
 from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
+from batchcore.stats import EngineStats, PaddingStats
 
 __all__ = [
     "AsyncEngine",
@@ -31,10 +33,12 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Model",
+    "PaddingStats",
     "PinnedPrefix",
     "RequestHandle",
     "RequestMetrics",
     "RequestOutput",
+    "RequestPadding",
     "SamplingParams",
     "StreamDelta",
     "TokenLogprobs",

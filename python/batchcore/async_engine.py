@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from batchcore.engine import EngineStats, Prompt
+    from batchcore.engine import Prompt
     from batchcore.model import Model
     from batchcore.outputs import RequestOutput, StreamDelta
+    from batchcore.stats import EngineStats
 
 __all__ = ["AsyncEngine"]
 
@@ -185,15 +186,15 @@ class AsyncEngine:
         self._check_open()
         handle = submit_to(
             engine,
-            tokens,
-            params,
+            [tokens],
+            [params or SamplingParams()],
             AsyncRequestHandle,
             priority=priority,
             timeout=timeout,
             streams=streams,
             pins=pins,
             notifier=self._notifier,
-        )
+        )[0]
         self._handles[handle.id] = handle
         return handle
 

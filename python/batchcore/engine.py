@@ -7,26 +7,28 @@ import operator
 import os
 import warnings
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from batchcore import _core, _log
+from batchcore.batching import plan_batches, progress_bar
 from batchcore.errors import ConfigError, InvalidRequestError
 from batchcore.handle import RequestHandle, SteppedRequestHandle, _Handle
 from batchcore.model import Model
 from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
+from batchcore.stats import EngineStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from typing_extensions import Self
 
+    from batchcore.batching import Bucketing
     from batchcore.outputs import RequestOutput, StreamDelta
 
     Prompt = str | Sequence[int]
 
-__all__ = ["Engine", "EngineStats"]
+__all__ = ["Engine"]
 
 _MAX_SLOTS = 256  # llama.cpp's LLAMA_MAX_SEQ
 HandleT = TypeVar("HandleT", bound=_Handle)
@@ -39,79 +41,6 @@ _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 def _close_all() -> None:
     for engine in list(_open_engines):
         engine.close()
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters of an engine at the end of a step."""
-
-    num_running: int
-    """Sequences that hold a slot."""
-    num_waiting: int
-    """Sequences in the queue."""
-    num_cells: int
-    """KV cells in all."""
-    num_active_cells: int
-    """KV cells of running sequences; shared ones count once."""
-    num_cached_cells: int
-    """KV cells kept for the prefix they hold."""
-    num_pinned: int
-    """Prefixes that `warm` keeps."""
-    saved_bytes: int
-    """Host memory that preempted sequences take."""
-    host_cache_bytes: int
-    """Host memory that evicted prefixes take."""
-    step_decode_rows: int
-    """Of the last step: sequences that decoded,"""
-    step_prefill_tokens: int
-    """prompt tokens,"""
-    step_s: float
-    """seconds inside llama.cpp."""
-    cost_s: tuple[float, float, float, float]
-    """Predicted seconds of a decode call: once, per prompt token, per sequence that decodes, per KV
-    token that a row attends to."""
-    num_steps: int
-    num_micro_batches: int
-    """Calls of llama.cpp's decode."""
-    num_rows: int
-    """Rows computed in all of them."""
-    num_filler_rows: int
-    """Those of them that only give a call a cheaper shape."""
-    num_prompt_tokens: int
-    """Prompt tokens of the requests that were admitted."""
-    num_prefill_tokens: int
-    """Tokens computed in chunks; again after a preemption."""
-    num_decode_rows: int
-    """Tokens computed one per sequence and step."""
-    num_cached_tokens: int
-    """Prompt tokens that a cached prefix saved."""
-    num_host_tokens: int
-    """Those of them that came back from host memory."""
-    num_generated_tokens: int
-    num_preemptions: int
-    num_saves: int
-    """Preemptions into host memory; the others are computed again."""
-    num_evictions: int
-    """Cached prefixes given up for their cells or their slot."""
-    num_decode_failures: int
-    num_interrupts: int
-    """Decode calls cut short because all that they computed was cancelled."""
-    num_rebuilds: int
-    """Contexts set up anew after the device had failed."""
-    num_graphs_reused: int
-    """Decode calls that reused the compute graph of the one before."""
-    num_finished: dict[str, int]
-    """Requests by terminal state."""
-    plan_s: float
-    """Seconds of the engine thread by phase, since the start: planning,"""
-    decode_s: float
-    """inside llama.cpp,"""
-    sample_s: float
-    """choosing tokens,"""
-    text_s: float
-    """turning them into text, looking for stop strings, bookkeeping,"""
-    publish_s: float
-    """handing results out."""
 
 
 class Engine:
@@ -293,6 +222,10 @@ class Engine:
         *,
         priority: int = 0,
         timeout: float | None = None,
+        batching: Literal["continuous", "static"] = "continuous",
+        batch_size: int | None = None,
+        bucketing: Bucketing | None = None,
+        order: Literal["given", "longest_first", "prefix_groups"] = "given",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts, all of them batched, and return outputs in their order.
@@ -302,27 +235,55 @@ class Engine:
                 chat templates write them, are read as such.
             params: One for all, or one for each; None means the defaults.
             priority: Lower goes first.
-            timeout: Seconds from now until each must be finished.
+            timeout: Seconds until each must be finished, from when it is handed in.
+            batching: `continuous` refills a slot as soon as a sequence ends. `static` runs batches
+                that start together, decode in lock-step and end with their longest sequence: the
+                baseline that the other is measured against (`stats().padding` counts its idle
+                slots).
+            batch_size: Prompts of a static batch; None means `max_num_seqs`.
+            bucketing: How prompts are grouped by length before static batches are cut: the name of
+                a strategy of `batchcore.bucketing` or a function from lengths to lists of indices;
+                None keeps them as they are.
+            order: In which order continuous batching takes prompts. `longest_first` starts what
+                takes longest (prompt and `max_tokens`) first, so that the end is not one long
+                sequence alone; `prefix_groups` puts prompts that start alike next to each other.
             progress: Show a bar.
 
         Raises:
-            InvalidRequestError: A prompt or parameter can't be served; then none of them is.
+            InvalidRequestError: A prompt or parameter can't be served; then none of its batch is.
             QueueFullError: More prompts than the queue may hold.
             RequestTimeoutError: `timeout` passed; the others have finished or are cancelled.
             EngineError: A request failed; DecodeError and EngineClosedError say how.
         """
         tokens = [self.tokenize(prompt) for prompt in as_prompts(prompts)]
         each = as_params(params, len(tokens))
-        handles: list[RequestHandle] = []
-        try:
-            for prompt, one in zip(tokens, each, strict=True):
-                handles.append(
-                    self._submit(prompt, one, priority=priority, timeout=timeout, streams=False)
+        batches = plan_batches(
+            tokens,
+            each,
+            batching=batching,
+            batch_size=batch_size or self.max_num_seqs,
+            bucketing=bucketing,
+            order=order,
+        )
+        outputs: list[RequestOutput | None] = [None] * len(tokens)
+        with progress_bar(len(tokens), progress) as advance:
+            for batch in batches:
+                handles = self._submit(
+                    [tokens[index] for index in batch],
+                    [each[index] for index in batch],
+                    priority=priority,
+                    timeout=timeout,
+                    streams=False,
+                    in_lock_step=batching == "static",
                 )
-            return [handle.result() for handle in _with_progress(handles, progress)]
-        finally:
-            for handle in handles:
-                handle.cancel()
+                try:
+                    for index, handle in zip(batch, handles, strict=True):
+                        outputs[index] = handle.result()
+                        advance()
+                finally:
+                    for handle in handles:
+                        handle.cancel()
+        return outputs  # type: ignore[return-value]
 
     def stream(
         self,
@@ -358,7 +319,13 @@ class Engine:
             EngineClosedError: The engine is closed.
         """
         tokens = self.tokenize(prompt)
-        return self._submit(tokens, params, priority=priority, timeout=timeout, streams=True)
+        return self._submit(
+            [tokens],
+            [params or SamplingParams()],
+            priority=priority,
+            timeout=timeout,
+            streams=True,
+        )[0]
 
     def warm(self, prompt: Prompt) -> PinnedPrefix:
         """Compute a prompt and keep it, so that requests which start with it are spared that.
@@ -373,9 +340,8 @@ class Engine:
             EngineError: As `generate`.
         """
         tokens = self.tokenize(prompt)
-        handle = self._submit(
-            tokens, SamplingParams(max_tokens=1), priority=0, timeout=None, streams=False, pins=True
-        )
+        once = [SamplingParams(max_tokens=1)]
+        handle = self._submit([tokens], once, priority=0, timeout=None, streams=False, pins=True)[0]
         handle.result()
         return PinnedPrefix(self._native, handle.id, len(tokens))
 
@@ -405,7 +371,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A consistent copy of the counters, as of the last step."""
-        return EngineStats(**self._native.stats())
+        return EngineStats.from_native(self._native.stats())
 
     def close(self) -> None:
         """End every request with EngineClosedError and stop the loop.
@@ -448,53 +414,64 @@ class Engine:
 
     def _submit(
         self,
-        tokens: list[int],
-        params: SamplingParams | None,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
         *,
         priority: int,
         timeout: float | None,
         streams: bool,
         pins: bool = False,
-    ) -> RequestHandle:
-        kind = RequestHandle if self.autostart else SteppedRequestHandle
-        handle = submit_to(
+        in_lock_step: bool = False,
+    ) -> list[RequestHandle]:
+        handles = submit_to(
             self,
-            tokens,
+            prompts,
             params,
-            kind,
+            RequestHandle if self.autostart else SteppedRequestHandle,
             priority=priority,
             timeout=timeout,
             streams=streams,
             pins=pins,
+            in_lock_step=in_lock_step,
         )
         if not self.autostart:
-            self._stepped[handle.id] = handle
-        return handle
+            self._stepped.update((handle.id, handle) for handle in handles)
+        return handles
 
 
 def submit_to(
     engine: Engine,
-    tokens: list[int],
-    params: SamplingParams | None,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
     kind: type[HandleT],
     *,
     priority: int,
     timeout: float | None,
     streams: bool,
     pins: bool = False,
+    in_lock_step: bool = False,
     notifier: _core.Notifier | None = None,
-) -> HandleT:
-    """Queue a request and wrap its channel in a handle of `kind`."""
-    params = params or SamplingParams()
+) -> list[HandleT]:
+    """Queue requests, all or none, and wrap their channels in handles of `kind`."""
     rank: object = priority
     if not isinstance(rank, int) or not -(2**31) <= rank < 2**31:
         raise InvalidRequestError(f"priority must be a 32-bit integer, not {priority!r}")
     if timeout is not None and not timeout > 0:
         raise InvalidRequestError(f"timeout must be above 0 seconds, not {timeout}")
-    channel = engine._native.submit(
-        tokens, params._to_native(), priority, timeout, streams, pins, notifier
+    channels = engine._native.submit(
+        prompts,
+        [one._to_native() for one in params],
+        priority,
+        timeout,
+        streams,
+        pins,
+        in_lock_step,
+        notifier,
     )
-    return kind(engine, channel, tokens, n=params.n, logprobs=params.logprobs is not None)
+    return [
+        kind(engine, channel, prompt, n=one.n, logprobs=one.logprobs is not None)
+        for channel, prompt, one in zip(channels, prompts, params, strict=True)
+    ]
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -538,14 +515,3 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _with_progress(handles: list[RequestHandle], progress: bool) -> Iterator[RequestHandle]:
-    if not progress:
-        yield from handles
-        return
-    # rich is only needed here, and importing it takes long.
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import track  # noqa: PLC0415
-
-    yield from track(handles, description="generating", console=Console(stderr=True))

@@ -11,6 +11,7 @@ from batchcore.outputs import (
     CompletionOutput,
     RequestMetrics,
     RequestOutput,
+    RequestPadding,
     StreamDelta,
     TokenLogprobs,
 )
@@ -84,7 +85,8 @@ class _Handle:
         deltas = [self._consume(*delta) for delta in raw]
         self._output.num_cached_tokens = metrics[4]
         if finished:
-            self._output.metrics = self._metrics(*metrics)
+            self._output.metrics = self._metrics(*metrics[:6])
+            self._output.padding = RequestPadding(*metrics[6:])
             self._output.finished = True
         return deltas
 

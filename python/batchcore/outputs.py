@@ -10,6 +10,7 @@ __all__ = [
     "FinishReason",
     "RequestMetrics",
     "RequestOutput",
+    "RequestPadding",
     "StreamDelta",
     "TokenLogprobs",
 ]
@@ -46,6 +47,16 @@ class RequestMetrics:
     """How often it had to give way and was resumed."""
 
 
+@dataclass(frozen=True, slots=True)
+class RequestPadding:
+    """Key positions of one request's rows, summed over the layers with attention."""
+
+    attention_needed: int
+    """That they attended to."""
+    attention_computed: int
+    """That attention went over for them: with other sequences' cells, holes and padding."""
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One completion of a prompt."""
@@ -79,6 +90,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed because a cached prefix had them."""
     metrics: RequestMetrics | None = None
+    """Set once finished."""
+    padding: RequestPadding | None = None
     """Set once finished."""
 
     @property

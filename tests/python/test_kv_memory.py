@@ -248,7 +248,7 @@ def test_gaps_between_streams_are_bridged_without_a_trace(model):
     ) as engine:
         outputs = engine.generate(prompts, params)
         stats = engine.stats()
-    assert stats.num_filler_rows > 0
+    assert stats.padding.num_filler_rows > 0
     alone = [
         tokens[: one.max_tokens]
         for tokens, one in zip(run_alone(model, prompts, greedy(40)), params, strict=True)

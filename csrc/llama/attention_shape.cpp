@@ -1,0 +1,67 @@
+#include "llama/attention_shape.h"
+
+// Upstream's internal headers, at the pinned commit: the public API does not say how far the cells
+// in use reach, which is what every row of a call goes over.
+#include <../src/llama-kv-cache-iswa.h>
+#include <../src/llama-kv-cache.h>
+#include <../src/llama-kv-cells.h>
+#include <../src/llama-memory-hybrid-iswa.h>
+#include <../src/llama-memory-hybrid.h>
+
+#include <algorithm>
+
+namespace batchcore {
+namespace {
+
+// llama_kv_cache::get_n_kv(): in blocks, up to the last cell in use of any stream of the batch.
+std::int64_t cells_per_row(const llama_kv_cache& cache, const MicroBatch& batch) {
+  constexpr std::uint32_t kBlock = 256;
+  std::uint32_t cells = 0;
+  const auto reach = [&](SeqId seq_id) {
+    const std::uint32_t used = cache.get_cells(seq_id).used_max_p1();
+    const std::uint32_t whole = std::max(kBlock, (used + kBlock - 1) / kBlock * kBlock);
+    cells = std::max(cells, std::min(cache.get_size(), whole));
+  };
+  if (cache.get_n_stream() == 1) {
+    reach(batch.seq_ids.front());
+  } else {
+    SeqId before = -1;
+    for (const SeqId seq_id : batch.seq_ids) {
+      if (seq_id != before) reach(seq_id);
+      before = seq_id;
+    }
+  }
+  return cells;
+}
+
+void add(const llama_kv_cache& cache, const MicroBatch& batch, std::int32_t& num_layers,
+         AttentionShape& shape) {
+  const auto layers = static_cast<std::int32_t>(cache.get_layer_ids().size());
+  num_layers += layers;
+  shape.computed_per_row += layers * cells_per_row(cache, batch);
+}
+
+}  // namespace
+
+AttentionShape attention_shape(llama_memory_i* memory, const MicroBatch& batch,
+                               std::int32_t window) {
+  AttentionShape shape;
+  shape.window = window;
+  const llama_kv_cache* full = nullptr;
+  const llama_kv_cache_iswa* windowed = dynamic_cast<llama_kv_cache_iswa*>(memory);
+  if (const auto* hybrid = dynamic_cast<llama_memory_hybrid*>(memory)) {
+    full = hybrid->get_mem_attn();
+  } else if (const auto* both = dynamic_cast<llama_memory_hybrid_iswa*>(memory)) {
+    windowed = both->get_mem_attn();
+  } else {
+    full = dynamic_cast<llama_kv_cache*>(memory);
+  }
+  if (full != nullptr) add(*full, batch, shape.num_full_layers, shape);
+  if (windowed != nullptr) {
+    add(*windowed->get_base(), batch, shape.num_full_layers, shape);
+    add(*windowed->get_swa(), batch, shape.num_window_layers, shape);
+  }
+  return shape;
+}
+
+}  // namespace batchcore
