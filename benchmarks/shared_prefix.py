@@ -1,6 +1,7 @@
 """One long system prompt in front of every request: how much of it is computed more than once?
 
-The same greedy requests run with and without the prefix cache, all of them sent at once.
+The same greedy requests run with and without the prefix cache, each with the KV layout that is the
+default with it, all of them sent at once.
 
     python benchmarks/shared_prefix.py
 """
@@ -35,7 +36,7 @@ def main() -> None:
         reference = None
         for caching in (False, True):
             with bc.Engine(
-                model, max_num_seqs=16, n_ctx=24_576, kv_layout="unified", prefix_caching=caching
+                model, max_num_seqs=16, n_ctx=24_576, prefix_caching=caching
             ) as engine:
                 start = time.perf_counter()
                 outputs = engine.generate(prompts, params, progress=True)

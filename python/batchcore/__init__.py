@@ -23,6 +23,7 @@ from batchcore.outputs import (
 )
 from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
+from batchcore.profile import Profile
 from batchcore.stats import EngineStats, PaddingStats
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Model",
     "PaddingStats",
     "PinnedPrefix",
+    "Profile",
     "RequestHandle",
     "RequestMetrics",
     "RequestOutput",

@@ -212,7 +212,7 @@ _Delta: TypeAlias = tuple[
     Literal["stop", "length", "cancelled", "timeout", "error"] | None,
     int | str | None,
 ]
-_Metrics: TypeAlias = tuple[float, float, float, float, int, int]
+_Metrics: TypeAlias = tuple[float, float, float, float, int, int, int, int]
 
 class RequestChannel(metaclass=_pybind11_type):
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -16,6 +16,7 @@ from batchcore.handle import RequestHandle, SteppedRequestHandle, _Handle
 from batchcore.model import Model
 from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
+from batchcore.profile import Profile
 from batchcore.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ class Engine:
         self,
         model: str | os.PathLike[str] | Model,
         *,
-        max_num_seqs: int = 16,
+        max_num_seqs: int | None = None,
         n_ctx: int = 8192,
         max_sequence_tokens: int | None = None,
-        n_ubatch: int = 512,
-        kv_layout: Literal["auto", "unified", "streams"] = "auto",
+        n_ubatch: int | None = None,
+        kv_layout: Literal["auto", "unified", "streams"] | None = None,
         prefix_caching: bool = True,
         prefill_policy: Literal["latency", "balanced", "throughput"] = "balanced",
         target_itl_ms: float | None = None,
@@ -69,11 +70,12 @@ class Engine:
         max_queued_tokens: int = 10_000_000,
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
-        flash_attn: Literal["auto", "on", "off"] = "auto",
+        flash_attn: Literal["auto", "on", "off"] | None = None,
         type_k: str = "f16",
         type_v: str = "f16",
         swa_full: bool = True,
         offload_kqv: bool = True,
+        profile: Profile | str | os.PathLike[str] | None = None,
         autostart: bool = True,
         check_integrity: bool = False,
     ) -> None:
@@ -82,15 +84,15 @@ class Engine:
         Args:
             model: A path, the name of a preset, `hf:owner/repo/file.gguf`, or a loaded Model, which
                 several engines may share.
-            max_num_seqs: Sequences that run at the same time.
+            max_num_seqs: Sequences that run at the same time; 16 where nothing is said.
             n_ctx: KV cells, shared by all sequences; with `streams` each gets an equal part.
             max_sequence_tokens: Prompt and output of one sequence together, at most; None means
                 what the model was trained with. Never more than its part of `n_ctx`.
-            n_ubatch: Tokens per decode call at most.
+            n_ubatch: Tokens per decode call at most; 512 where nothing is said.
             kv_layout: `unified`: one pool of cells, prefixes are shared without a copy. `streams`:
                 a fixed part per sequence, which decodes faster on a CPU, but wastes what a sequence
-                does not use and caps its length. `auto` is `unified` with prefix caching, else
-                `streams`.
+                does not use and caps its length. `auto`, the default, is `unified` with prefix
+                caching, else `streams`.
             prefix_caching: Reuse the cells of requests that start with the same tokens.
             prefill_policy: How much prompts may slow down sequences that decode.
             target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
@@ -105,11 +107,13 @@ class Engine:
             max_queued_tokens: Prompt tokens of those at most.
             n_threads: CPU threads; None means one per usable core.
             n_gpu_layers: Layers in GPU memory, negative means all (for a model loaded here).
-            flash_attn: Flash attention.
+            flash_attn: Flash attention; `auto`, the default, where the device has it.
             type_k: ggml type of the K cache; quantised types save memory.
             type_v: ggml type of the V cache; quantised types need flash attention.
             swa_full: Keep all cells of sliding-window layers, so that prefixes can be reused.
             offload_kqv: KV cells in GPU memory.
+            profile: What `batchcore tune` found for this machine, or the file that it wrote; for
+                options that are not given here.
             autostart: Run the loop in a thread; otherwise call `step`.
             check_integrity: Prove the accounting after every step; slow, for tests.
 
@@ -118,6 +122,12 @@ class Engine:
             ConfigError: A value can't work, or the model can't generate text.
             EngineError: Not enough memory.
         """
+        found = Profile.of(profile).options
+        max_num_seqs = _first(max_num_seqs, found.get("max_num_seqs"), 16)
+        n_ubatch = _first(n_ubatch, found.get("n_ubatch"), 512)
+        n_threads = _first(n_threads, found.get("n_threads"), None)
+        kv_layout = _first(kv_layout, found.get("kv_layout"), "auto")
+        flash_attn = _first(flash_attn, found.get("flash_attn"), "auto")
         _check_positive(max_num_seqs=max_num_seqs, n_ctx=n_ctx, n_ubatch=n_ubatch)
         _check_positive(max_queued_requests=max_queued_requests)
         _check_positive(max_queued_tokens=max_queued_tokens)
@@ -141,7 +151,7 @@ class Engine:
         """The KV layout in use."""
         self.max_num_seqs = max_num_seqs
         """Sequences that run at the same time."""
-        self.n_threads = threads = n_threads or _usable_cores()
+        self.n_threads = threads = n_threads or usable_cores()
         """CPU threads that compute."""
         self._stepped: weakref.WeakValueDictionary[int, RequestHandle] = (
             weakref.WeakValueDictionary()
@@ -494,6 +504,12 @@ def as_params(
     return params
 
 
+def _first(given: Any, found: Any, default: Any) -> Any:
+    if given is not None:
+        return given
+    return default if found is None else found
+
+
 def _check_positive(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -511,7 +527,8 @@ def _num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool, most: in
     return max_num_seqs
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -86,7 +86,7 @@ class _Handle:
         self._output.num_cached_tokens = metrics[4]
         if finished:
             self._output.metrics = self._metrics(*metrics[:6])
-            self._output.padding = RequestPadding(*metrics[6:])
+            self._output.padding = RequestPadding(metrics[6], metrics[7])
             self._output.finished = True
         return deltas
 
