@@ -35,9 +35,7 @@ def main() -> None:
         ]
         reference = None
         for caching in (False, True):
-            with bc.Engine(
-                model, max_num_seqs=16, n_ctx=24_576, prefix_caching=caching
-            ) as engine:
+            with bc.Engine(model, max_num_seqs=16, n_ctx=24_576, prefix_caching=caching) as engine:
                 start = time.perf_counter()
                 outputs = engine.generate(prompts, params, progress=True)
                 seconds = time.perf_counter() - start

@@ -100,6 +100,32 @@ def test_bad_options_are_named(run, options, message):
     assert "Traceback" not in result.output
 
 
+def test_sweep_goes_on_past_a_size_that_does_not_fit(run, tmp_path, monkeypatch):
+    def why_not(needed, free):
+        return "too large" if needed > smallest_that_fails else None
+
+    from batchcore.bench import memory
+
+    smallest_that_fails = 9e9
+    options = ["--batch-sizes", "1,2,4", "--input-len", "6", "--output-len", "4"]
+    result = run("bench", "sweep", options)
+    assert result.exit_code == 0, result.output
+    assert "recommended: " in result.stdout
+    monkeypatch.setattr(memory, "needed_bytes", lambda model, kv, size: 1e9 if size < 4 else 1e10)
+    monkeypatch.setattr(memory, "why_not", why_not)
+    saved = ("--save-result", "--result-dir", str(tmp_path))
+    result = run("bench", "sweep", [*options, *saved])
+    assert result.exit_code == 0, result.output
+    assert "too large" in result.stdout
+    (file,) = tmp_path.glob("sweep-*.json")
+    details = BenchmarkResult.load(file).runs[0].details
+    assert [row["fits"] for row in details["rows"]] == [True, True, False]
+    assert details["recommended"]["batch_size"] in (1, 2)
+    missed = run("bench", "sweep", [*options, "--latency-target", "1e-9"])
+    assert "no batch size meets the latency target" in missed.stdout
+    assert run("bench", "sweep", ["--batch-sizes", "one"]).exit_code != 0
+
+
 def test_results_of_different_benchmarks_are_not_compared(tmp_path):
     for kind in ("latency", "throughput"):
         BenchmarkResult(kind, {}, ()).save(tmp_path / f"{kind}.json")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+# pytester forgets modules that a test was the first to import; numpy can't be imported again.
+import gguf  # noqa: F401
 import pytest
 from batchcore.testing import synthetic_gguf
 
@@ -20,7 +22,7 @@ def project(pytester, tmp_path):
         batchcore_model = {model}
         batchcore_engine_options =
             max_num_seqs = 3
-            n_ctx = 512
+            n_ctx = 768
             prefix_caching = false
         """
     )
@@ -28,7 +30,7 @@ def project(pytester, tmp_path):
 
 
 def run(project, *args):
-    return project.runpytest_inprocess("-p", "no:cacheprovider", *args)
+    return project.runpytest_subprocess("-p", "no:cacheprovider", *args)
 
 
 def test_engine_and_model(project):
@@ -37,7 +39,7 @@ def test_engine_and_model(project):
         def test_outputs(batchcore_engine, batchcore_model):
             assert batchcore_engine.model is batchcore_model
             assert batchcore_engine.max_num_seqs == 3
-            assert batchcore_engine.n_ctx == 512
+            assert batchcore_engine.n_ctx == 768
             assert batchcore_engine.generate([[5, 6]])[0].finished
         """
     )
@@ -81,9 +83,9 @@ def test_settings_that_are_none_are_refused(project):
     result.stdout.fnmatch_lines(["*'fast' is not NAME=VALUE*"])
 
 
-def test_starting_pytest_does_not_import_batchcore():
+def test_starting_pytest_does_not_import_batchcore(tmp_path):
     code = (
-        "import sys, pytest; pytest.main(['--version']); "
+        "import sys, pytest; pytest.main(['--markers']); "
         "assert 'pytest_batchcore' in sys.modules; assert 'batchcore' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

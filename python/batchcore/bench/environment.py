@@ -22,7 +22,7 @@ __all__ = ["describe_environment", "describe_model"]
 def describe_environment() -> dict[str, Any]:
     """Command, time, machine and versions, ready for JSON."""
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": _command(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "num_cores": os.cpu_count(),
@@ -47,6 +47,16 @@ def describe_model(model: Model) -> dict[str, Any]:
         "num_params": model.n_params,
         "size_bytes": model.size_bytes,
     }
+
+
+def _command() -> str:
+    """As it was typed, more or less: without the folders of the interpreter and of a script."""
+    interpreter, *rest = sys.orig_argv
+    if rest and rest[0] == sys.argv[0]:
+        rest[0] = Path(rest[0]).name
+        is_installed = not rest[0].endswith(".py")
+        return shlex.join(rest if is_installed else [Path(interpreter).name, *rest])
+    return shlex.join([Path(interpreter).name, *rest])
 
 
 def _sha256(file: Path) -> str:

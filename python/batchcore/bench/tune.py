@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from batchcore.bench.compare import interleave
 from batchcore.bench.environment import describe_environment, describe_model
-from batchcore.bench.workload import Workload
 from batchcore.engine import Engine
 from batchcore.errors import ConfigError, EngineError
 from batchcore.params import SamplingParams
@@ -18,6 +17,7 @@ from batchcore.profile import Profile
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from batchcore.bench.workload import Workload
     from batchcore.model import Model
 
 __all__ = ["Trial", "TuneResult", "tune"]

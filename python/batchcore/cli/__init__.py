@@ -7,7 +7,7 @@ import typer
 
 def make_app() -> typer.Typer:
     """Put the commands together. Each module is one line here: a function, or a `typer.Typer`."""
-    from batchcore.cli import demo, generate, info, models  # noqa: PLC0415
+    from batchcore.cli import bench, demo, generate, info, lab, models, tune  # noqa: PLC0415
 
     app = typer.Typer(
         name="batchcore",
@@ -20,6 +20,9 @@ def make_app() -> typer.Typer:
     app.command()(demo.demo)
     app.command()(generate.generate)
     app.command()(info.info)
+    app.command()(lab.lab)
+    app.command()(tune.tune)
+    app.add_typer(bench.app, name="bench")
     app.add_typer(models.app, name="models")
     return app
 

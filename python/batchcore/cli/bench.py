@@ -14,6 +14,8 @@ from batchcore.cli.errors import reported
 from batchcore.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from batchcore.bench.result import BenchmarkResult, BenchmarkRun
     from batchcore.engine import Engine
     from batchcore.model import Model
@@ -197,6 +199,73 @@ def throughput(
 
 @app.command()
 @reported()
+def sweep(
+    model: ModelArgument,
+    *,
+    batch_sizes: Annotated[str, typer.Option(help="Requests at a time.")] = "1,2,4,8,16,32",
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 64,
+    output_len: Annotated[int, typer.Option(min=1, help="Output tokens.")] = 32,
+    latency_target: Annotated[
+        float | None, typer.Option(help="Longest p95 latency of a request in seconds.")
+    ] = None,
+    n_threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    save_result: SaveOption = False,
+    result_dir: DirOption = Path(),
+) -> None:
+    """Measure batch sizes, those that don't fit too, and recommend one."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from batchcore.bench.environment import describe_model  # noqa: PLC0415
+    from batchcore.bench.model_cost import ModelCost  # noqa: PLC0415
+    from batchcore.bench.result import BenchmarkResult, BenchmarkRun  # noqa: PLC0415
+    from batchcore.bench.sweep import recommend, sweep_batch_sizes  # noqa: PLC0415
+
+    try:
+        sizes = [int(part) for part in batch_sizes.split(",")]
+    except ValueError:
+        raise ConfigError(f"--batch-sizes must be like 1,2,4, not {batch_sizes!r}") from None
+    loaded = _load(model)
+    console = Console(highlight=False)
+    columns = [f"{name}_tokens_per_s" for name in ("output", "total")]
+    columns = ["total_s", *columns, "mean_latency_s", "p95_latency_s"]
+    table = Table("batch size", *columns, "memory MiB", "notes", title=loaded.description)
+    for column in table.columns[:-1]:
+        column.justify = "right"
+    try:
+        cost = ModelCost.from_gguf(loaded.path)
+    except ConfigError:  # the extra is not installed, or the shapes are of no known kind
+        cost = None
+    rows = sweep_batch_sizes(
+        loaded,
+        sizes,
+        input_len=input_len,
+        output_len=output_len,
+        n_threads=n_threads,
+        cost=cost,
+        seed=seed,
+        on_row=lambda row: Console(stderr=True).print(f"batch size {row['batch_size']} done"),
+    )
+    for row in rows:
+        used = row["memory_bytes"]
+        figures = [_number(row[name]) for name in columns]
+        mebibytes = f"{used / 2**20:.0f}" if used else ""
+        table.add_row(str(row["batch_size"]), *figures, mebibytes, row["note"])
+    console.print(table)
+    advice = recommend(rows, latency_target)
+    console.print(f"recommended: {advice['batch_size']} ({advice['reason']})", soft_wrap=True)
+    if save_result:
+        config = {"input_len": input_len, "output_len": output_len, "seed": seed}
+        best = {row["batch_size"]: row for row in rows}.get(advice["batch_size"], {})
+        metrics = {name: best.get(name) for name in columns}
+        run = BenchmarkRun(metrics, {"rows": rows, "recommended": advice})
+        result = BenchmarkResult("sweep", config, (run,), describe_model(loaded))
+        _save(result, result_dir, console)
+
+
+@app.command()
+@reported()
 def compare(
     baseline: Annotated[Path, typer.Argument(help="A result file.")],
     candidate: Annotated[Path, typer.Argument(help="Another of the same benchmark.")],
@@ -292,7 +361,11 @@ def _finish(
     console = Console(highlight=False)
     console.print(table)
     if save:
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        path = folder / f"{kind}-{stamp}.json"
-        result.save(path)
-        console.print(f"written to {path}", soft_wrap=True)
+        _save(result, folder, console)
+
+
+def _save(result: BenchmarkResult, folder: Path, console: Console) -> None:
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    path = folder / f"{result.kind}-{stamp}.json"
+    result.save(path)
+    console.print(f"written to {path}", soft_wrap=True)
