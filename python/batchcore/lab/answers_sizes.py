@@ -200,8 +200,9 @@ def _memory_limit(figures: Figures, sizes: Sequence[SizeRow]) -> str | None:
         used = figures.number(f"{last.path}.memory_bytes")
         more = max(0, int((total - used) // each))
         return (
-            f"Of the {size(total)} of device {figures.text(f'{device}.name')} {size(used)} are used "
-            f"with {last.batch_size:.0f}; the rest would hold the KV cells of about {more:,} more."
+            f"Of the {size(total)} of device {figures.text(f'{device}.name')}, {size(used)} are "
+            f"used with {last.batch_size:.0f}; "
+            f"the rest would hold the KV cells of about {more:,} more."
         )
 
     return (
