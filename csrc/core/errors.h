@@ -34,11 +34,13 @@ struct PromptTooLongError : InvalidRequestError {
   std::int64_t limit;
 };
 
-/// The waiting queue is at its bound; try again later.
+/// A bound of the waiting queue is reached, or a request would wait longer than its timeout; try
+/// again after `retry_after_s` seconds, an estimate (> 0, finite).
 struct QueueFullError : Error {
-  QueueFullError(const std::string& message, std::int64_t bound)
-      : Error(message), capacity(bound) {}
+  QueueFullError(const std::string& message, std::int64_t bound, double retry_after = 1.0)
+      : Error(message), capacity(bound), retry_after_s(retry_after) {}
   std::int64_t capacity;
+  double retry_after_s;
 };
 
 struct EngineError : Error {

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/preemption.h"
 #include "core/scheduler_state.h"
 #include "core/step_plan.h"
+#include "core/tier_limits.h"
 
 namespace batchcore {
 
@@ -24,15 +26,29 @@ struct SchedulerConfig {
   bool prefix_caching = true;
   std::int32_t max_preemptions = 4;  ///< after as many a sequence is no victim any more
   PreemptionMode preemption = PreemptionMode::kAuto;
+  QueueConfig queue;  ///< aging and fair share
+  std::vector<TierLimit> tier_limits;
+  /// A sequence of a worse tier gives its slot to a request of a better one that waits. Who waits
+  /// counts by the priority that it came with, who runs by the tier that it had reached when it was
+  /// admitted: so no two can take the slot from each other in turn.
+  bool preempt_for_slots = true;
+  double max_wait_s = 0.0;  ///< how long an idle engine waits for its batch to fill
+  bool adaptive = false;    ///< fewer sequences where more don't pay or would miss target_itl_s
 };
 
 class Scheduler {
  public:
-  explicit Scheduler(const SchedulerConfig& config) : config_(config) {}
+  /// Throws ConfigError where tier limits leave a tier without any slot.
+  explicit Scheduler(const SchedulerConfig& config)
+      : config_(config), tiers_(config.tier_limits, config.max_num_seqs) {}
 
   [[nodiscard]] const SchedulerConfig& config() const { return config_; }
+  [[nodiscard]] const TierLimits& tiers() const { return tiers_; }
 
   [[nodiscard]] StepPlan plan(const SchedulerState& state) const;
+
+  /// When an idle engine stops waiting for its batch to fill; a time in the past where it does not.
+  [[nodiscard]] double held_until(const SchedulerState& state) const;
 
   /// A slot for one more sequence: the lowest free one, else the cached one that is worth least,
   /// else -1.
@@ -40,6 +56,7 @@ class Scheduler {
 
  private:
   SchedulerConfig config_;
+  TierLimits tiers_;
 };
 
 }  // namespace batchcore

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "core/backend.h"
@@ -19,8 +20,9 @@ namespace batchcore {
 
 /// All that a plan depends on. The engine owns and updates it.
 struct SchedulerState {
-  SchedulerState(const BackendInfo& backend)
+  explicit SchedulerState(const BackendInfo& backend, const QueueConfig& queue = {})
       : info(backend),
+        waiting(queue),
         kv(backend.num_slots, backend.layout == KvLayout::kUnified),
         last_used(static_cast<std::size_t>(backend.num_slots), 0),
         pinned(static_cast<std::size_t>(backend.num_slots), false) {}
@@ -30,6 +32,10 @@ struct SchedulerState {
   }
 
   BackendInfo info;
+  double now = 0.0;        ///< on the engine's clock
+  bool is_paused = false;  ///< nobody is admitted who was not before
+  /// Sequences that may run, where that is fewer than SchedulerConfig::max_num_seqs.
+  std::int32_t batch_size_limit = std::numeric_limits<std::int32_t>::max();
   std::vector<Sequence*> running;  ///< hold a slot, in the order of their rank
   WaitingQueue waiting;
   KvTree kv;

@@ -39,6 +39,7 @@ struct StepPlan {
   std::vector<SeqId> evictions;  ///< cached slots to empty
   std::vector<Admission> admissions;
   std::vector<PlannedMicroBatch> micro_batches;
+  std::int32_t num_slot_preemptions = 0;  ///< of `preemptions`, for a better tier that waits
 
   [[nodiscard]] bool empty() const {
     return preemptions.empty() && evictions.empty() && admissions.empty() && micro_batches.empty();

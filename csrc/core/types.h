@@ -15,6 +15,9 @@ using SeqId = std::int32_t;
 /// Assigned by the engine at submit, unique over its life, never 0.
 using RequestId = std::uint64_t;
 
+/// A user while the engine knows it; 0 is the empty name.
+using UserId = std::int32_t;
+
 /// Position of a token in its sequence, from 0.
 using Position = std::int32_t;
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -24,13 +25,22 @@ Engine::Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vo
       clock_(std::move(clock)),
       scheduler_(config.scheduler),
       process_(getpid()),
-      state_(backend_->info()),
+      load_({config.max_queued_requests, config.max_queued_tokens,
+             config.max_queued_requests_per_user, config.max_queued_tokens_per_user, config.shed}),
+      state_(backend_->info(), config.scheduler.queue),
+      batch_size_(config.scheduler.max_num_seqs,
+                  config.scheduler.adaptive ? config.scheduler.target_itl_s : 0.0),
       samplers_(config.num_sampler_threads) {
   if (config.scheduler.max_num_seqs > state_.info.num_slots) {
     throw ConfigError("max_num_seqs is larger than the number of slots");
   }
   if (config.max_sequence_tokens > 0) {
     state_.info.cells_per_slot = std::min(state_.info.cells_per_slot, config.max_sequence_tokens);
+  }
+  for (const auto& [user, weight] : config.scheduler.queue.fair_share.user_weights) {
+    if (!(weight > 0.0 && std::isfinite(weight))) {
+      throw ConfigError("the weight of user '" + user + "' must be a number above 0");
+    }
   }
   state_.host.set_max_bytes(config.host_cache_bytes);
 }
@@ -49,124 +59,6 @@ void Engine::start() {
   check_process();
   const std::lock_guard lock(close_mutex_);
   if (!thread_.joinable() && !closing_) thread_ = std::thread([this] { run(); });
-}
-
-void Engine::validate(const RequestSpec& spec) const {
-  const auto num_prompt = static_cast<std::int64_t>(spec.prompt.size());
-  if (num_prompt == 0) throw InvalidRequestError("the prompt has no tokens");
-  for (const Token token : spec.prompt) {
-    if (token < 0 || token >= state_.info.n_vocab) {
-      throw InvalidRequestError("prompt token " + std::to_string(token) +
-                                " is not in the vocabulary of " +
-                                std::to_string(state_.info.n_vocab));
-    }
-  }
-  if (num_prompt > state_.info.cells_per_slot) {
-    throw PromptTooLongError("the prompt has " + std::to_string(num_prompt) +
-                                 " tokens, a sequence of this engine holds " +
-                                 std::to_string(state_.info.cells_per_slot),
-                             num_prompt, state_.info.cells_per_slot);
-  }
-  if (spec.sampling.n > config_.scheduler.max_num_seqs) {
-    throw InvalidRequestError(
-        "n = " + std::to_string(spec.sampling.n) +
-        " is more than max_num_seqs = " + std::to_string(config_.scheduler.max_num_seqs));
-  }
-  const auto in_vocab = [this](Token token) { return token >= 0 && token < state_.info.n_vocab; };
-  for (const Token token : spec.sampling.stop_token_ids) {
-    if (!in_vocab(token)) {
-      throw InvalidRequestError("stop token " + std::to_string(token) +
-                                " is not in the vocabulary");
-    }
-  }
-  if (spec.pins && spec.sampling.n > 1) {
-    throw InvalidRequestError("a request that keeps its prompt has one completion");
-  }
-  if (spec.pins && !config_.scheduler.prefix_caching) {
-    throw InvalidRequestError("a prefix can be kept only where prefixes are cached at all");
-  }
-  for (const auto& [token, bias] : spec.sampling.logit_bias) {
-    if (!in_vocab(token)) {
-      throw InvalidRequestError("logit_bias names token " + std::to_string(token) +
-                                ", which is not in the vocabulary");
-    }
-  }
-}
-
-std::shared_ptr<RequestChannel> Engine::submit(RequestSpec spec) {
-  std::vector<RequestSpec> one;
-  one.push_back(std::move(spec));
-  return submit_all(std::move(one), false).front();
-}
-
-std::vector<std::shared_ptr<RequestChannel>> Engine::submit_all(std::vector<RequestSpec> specs,
-                                                                bool in_lock_step) {
-  check_process();
-  std::shared_ptr<StaticBatch> batch;
-  if (in_lock_step) batch = std::make_shared<StaticBatch>();
-  std::int64_t num_tokens = 0;
-  std::int32_t num_pins = 0;
-  for (const RequestSpec& spec : specs) {
-    validate(spec);
-    num_tokens += static_cast<std::int64_t>(spec.prompt.size());
-    num_pins += spec.pins ? 1 : 0;
-    if (in_lock_step) batch->size += spec.sampling.n;
-  }
-  const double now = clock_();
-  std::vector<std::unique_ptr<EngineRequest>> requests;
-  std::vector<std::shared_ptr<RequestChannel>> channels;
-  for (RequestSpec& spec : specs) {
-    auto request = std::make_unique<EngineRequest>();
-    request->spec = std::move(spec);
-    request->batch = batch;
-    request->metrics.arrival_s = now;
-    request->deadline = request->spec.timeout_s ? now + *request->spec.timeout_s
-                                                : std::numeric_limits<double>::infinity();
-    requests.push_back(std::move(request));
-  }
-  channels.reserve(requests.size());
-
-  std::unique_lock lock(inbox_mutex_);
-  if (closing_) throw EngineClosedError("the engine is closed");
-  require_room(static_cast<std::int64_t>(requests.size()), num_tokens, num_pins);
-  for (auto& request : requests) {
-    request->id = next_id_++;
-    request->channel = std::make_shared<RequestChannel>(request->id, request->spec.notifier);
-    channels.push_back(request->channel);
-  }
-  inbox_.requests.reserve(inbox_.requests.size() + requests.size());
-  // From here on nothing throws.
-  queued_requests_ += static_cast<std::int64_t>(requests.size());
-  queued_tokens_ += num_tokens;
-  num_pins_ += num_pins;
-  num_open_ += static_cast<std::int64_t>(requests.size());
-  for (auto& request : requests) inbox_.requests.push_back(std::move(request));
-  lock.unlock();
-  inbox_ready_.notify_one();
-  return channels;
-}
-
-// Holds inbox_mutex_.
-void Engine::require_room(std::int64_t num_requests, std::int64_t num_tokens,
-                          std::int32_t num_pins) const {
-  if (queued_requests_ + num_requests > config_.max_queued_requests) {
-    throw QueueFullError(
-        "the queue is full: " + std::to_string(queued_requests_) + " requests are waiting",
-        config_.max_queued_requests);
-  }
-  // One request is always taken, however long, so that the bound can't make a valid one impossible.
-  const bool is_first = queued_requests_ == 0 && num_requests == 1;
-  if (!is_first && queued_tokens_ + num_tokens > config_.max_queued_tokens) {
-    throw QueueFullError(
-        "the queue is full: " + std::to_string(queued_tokens_) + " prompt tokens are waiting",
-        config_.max_queued_tokens);
-  }
-  // Half of the slots stay for everybody else.
-  const std::int32_t most = std::max(1, state_.info.num_slots / 2);
-  if (num_pins > 0 && num_pins_ + num_pins > most) {
-    throw InvalidRequestError("this engine can keep " + std::to_string(most) +
-                              " prefixes, and does");
-  }
 }
 
 void Engine::abort(RequestId id) {
@@ -193,13 +85,35 @@ void Engine::unpin(RequestId id) {
   inbox_ready_.notify_one();
 }
 
+void Engine::pause() {
+  check_process();
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    is_paused_ = true;
+  }
+  inbox_ready_.notify_one();
+}
+
+void Engine::resume() {
+  check_process();
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    is_paused_ = false;
+    is_draining_ = false;
+  }
+  inbox_ready_.notify_one();
+}
+
+void Engine::drain() {
+  check_process();
+  const std::lock_guard lock(inbox_mutex_);
+  is_draining_ = true;
+}
+
 void Engine::run() {
   for (;;) {
-    {
-      std::unique_lock lock(inbox_mutex_);
-      inbox_ready_.wait(lock, [this] { return closing_ || !inbox_.empty() || !requests_.empty(); });
-      if (closing_) return;
-    }
+    wait_for_work();
+    if (closing_) return;
     const std::lock_guard step_lock(step_mutex_);
     try {
       run_step();
@@ -207,6 +121,30 @@ void Engine::run() {
       fail_for_good(error);
       return;
     }
+  }
+}
+
+// Until when a step would have nothing to do, unless a command comes: the next deadline, or when a
+// batch is no longer held back to fill; the past where there is something to do now.
+double Engine::idle_until() const {
+  double next = std::numeric_limits<double>::infinity();
+  if (requests_.empty()) return next;
+  if (!state_.running.empty()) return -next;
+  if (!deadlines_.empty()) next = deadlines_.begin()->first;
+  if (!queue_deadlines_.empty()) next = std::min(next, queue_deadlines_.begin()->first);
+  if (state_.is_paused && state_.waiting.num_preempted() == 0) return next;
+  return std::min(next, scheduler_.held_until(state_));
+}
+
+void Engine::wait_for_work() {
+  constexpr double kLongest = 3600.0;  // infinity is no duration
+  std::unique_lock lock(inbox_mutex_);
+  const auto has_news = [this] {
+    return closing_ || !inbox_.empty() || is_paused_ != state_.is_paused;
+  };
+  const double seconds = std::min(idle_until() - clock_(), kLongest);
+  if (seconds > 0.0) {
+    (void)inbox_ready_.wait_for(lock, std::chrono::duration<double>(seconds), has_news);
   }
 }
 
@@ -236,55 +174,6 @@ std::vector<RequestId> Engine::step() {
   }
 }
 
-void Engine::take_in() {
-  Inbox inbox;
-  {
-    const std::lock_guard lock(inbox_mutex_);
-    std::swap(inbox, inbox_);
-  }
-  for (auto& request : inbox.requests) accept(std::move(request));
-  for (const RequestId id : inbox.aborts) {
-    const auto found = requests_.find(id);
-    if (found != requests_.end()) finish_request(*found->second, FinishReason::kCancelled);
-  }
-  for (const RequestId id : inbox.unpins) {
-    const auto found = std::find_if(pins_.begin(), pins_.end(),
-                                    [id](const auto& pinned) { return pinned.second == id; });
-    if (found != pins_.end()) drop_pin(found->first);
-  }
-}
-
-void Engine::accept(std::unique_ptr<EngineRequest> request) {
-  const RequestSpec& spec = request->spec;
-  const auto num_prompt = static_cast<std::int32_t>(spec.prompt.size());
-  for (std::int32_t index = 0; index < spec.sampling.n; ++index) {
-    auto sequence = std::make_unique<EngineSequence>(*request, spec, index, *vocab_);
-    sequence->request_id = request->id;
-    sequence->rank = {spec.priority, request->id, index};
-    sequence->num_prompt_tokens = num_prompt;
-    // The last token that is sampled needs no cell of its own.
-    sequence->max_tokens_total = static_cast<std::int32_t>(
-        std::min<std::int64_t>(std::int64_t{num_prompt} + spec.sampling.max_tokens,
-                               std::int64_t{state_.info.cells_per_slot} + 1));
-    sequence->delta.index = index;
-    sequence->batch = request->batch.get();
-    request->sequences.push_back(std::move(sequence));
-  }
-  EngineSequence& leader = *request->sequences.front();
-  leader.tokens = spec.prompt;
-  leader.num_forks = spec.sampling.n - 1;
-  request->num_unfinished = spec.sampling.n;
-  state_.waiting.push(&leader);
-  if (request->spec.timeout_s) deadlines_.emplace(request->deadline, request->id);
-  requests_.emplace(request->id, std::move(request));
-}
-
-void Engine::expire(double now) {
-  while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
-    finish_request(*requests_.at(deadlines_.begin()->second), FinishReason::kTimeout);
-  }
-}
-
 void Engine::fail_all(const std::exception_ptr& error) {
   take_in();
   std::vector<EngineRequest*> open;
@@ -311,8 +200,17 @@ void Engine::close() {
 
 EngineStats Engine::stats() const {
   check_process();
-  const std::lock_guard lock(stats_mutex_);
-  return published_stats_;
+  EngineStats stats;
+  {
+    const std::lock_guard lock(stats_mutex_);
+    stats = published_stats_;
+  }
+  const std::lock_guard lock(inbox_mutex_);
+  stats.is_paused = is_paused_;
+  stats.is_draining = is_draining_;
+  stats.num_refused = load_.num_refused();
+  stats.num_shed = load_.num_shed();
+  return stats;
 }
 
 }  // namespace batchcore

@@ -16,10 +16,13 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/batch_size.h"
+#include "core/queue_rate.h"
 #include "core/scheduler.h"
 #include "core/vocab.h"
 #include "engine/engine_sequence.h"
 #include "engine/engine_stats.h"
+#include "engine/queue_load.h"
 #include "engine/request.h"
 #include "engine/request_channel.h"
 #include "engine/sampler_pool.h"
@@ -28,8 +31,11 @@ namespace batchcore {
 
 struct EngineConfig {
   SchedulerConfig scheduler;
-  std::int64_t max_queued_requests = 0;  ///< waiting for their first slot, > 0
-  std::int64_t max_queued_tokens = 0;    ///< prompt tokens of those, > 0
+  std::int64_t max_queued_requests = 0;           ///< waiting for their first slot, > 0
+  std::int64_t max_queued_tokens = 0;             ///< prompt tokens of those, > 0
+  std::int64_t max_queued_requests_per_user = 0;  ///< 0 = no bound of its own
+  std::int64_t max_queued_tokens_per_user = 0;    ///< 0 = no bound of its own
+  bool shed = false;  ///< refuse at submit who would wait in the queue longer than its timeout
   std::size_t max_saved_bytes = 0;       ///< host memory for preempted sequences
   std::size_t host_cache_bytes = 0;      ///< host memory for prefixes that were evicted
   std::int32_t max_sequence_tokens = 0;  ///< prompt and output, 0 = what a slot holds
@@ -74,6 +80,14 @@ class Engine {
   /// cached one. Does nothing where it is gone already.
   void unpin(RequestId id);
 
+  /// Until resume() nobody is admitted who was not before; those who were go on. Timeouts go on
+  /// too.
+  void pause();
+  /// Ends pause() and drain().
+  void resume();
+  /// Until resume() every submit throws EngineClosedError; what was submitted before goes on.
+  void drain();
+
   /// Runs one step on the calling thread (only without start()); returns the requests with news.
   std::vector<RequestId> step();
 
@@ -100,43 +114,51 @@ class Engine {
 
   // engine.cpp: what other threads call, and the loop.
   void check_process() const;
-  void validate(const RequestSpec& spec) const;
-  void require_room(std::int64_t num_requests, std::int64_t num_tokens,
-                    std::int32_t num_pins) const;
   void run();
-  void take_in();
-  void accept(std::unique_ptr<EngineRequest> request);
-  void expire(double now);
+  [[nodiscard]] double idle_until() const;
+  void wait_for_work();
   void fail_all(const std::exception_ptr& error);
   void fail_for_good(const std::exception& error);
 
+  // engine_intake.cpp: from submit to the waiting queue.
+  void validate(const RequestSpec& spec) const;
+  void require_pins(std::int32_t num_pins) const;
+  void take_in();
+  void accept(std::unique_ptr<EngineRequest> request);
+  void expire(double now);
+  void leave_queue(EngineRequest& request);
+
   // engine_step.cpp: carrying out a plan.
   std::vector<RequestId> run_step();
+  void observe_queue(double now);
+  void update_batch_size();
+  void admit(const Admission& admission);
+  void run_micro_batches(const StepPlan& plan);
+  void run_micro_batch(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras);
+  DecodeStatus decode(std::span<const PlannedRows> rows);
+  void handle_failure(std::span<const PlannedRows> rows, DecodeStatus status);
+  void advance(std::span<const PlannedRows> rows);
+  void count_padding(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras);
+  void sample_rows();
+
+  // engine_memory.cpp: KV memory beside the decode calls.
   void preempt(EngineSequence& sequence);
   void save(EngineSequence& sequence);
   void restore(EngineSequence& sequence);
   void drop_saved(EngineSequence& sequence);
   void evict(SeqId slot);
   void save_prefix(SeqId slot);
-  void admit(const Admission& admission);
-  void adopt_prefix(const Admission& admission);
   void restore_prefix(const Admission& admission);
-  void run_micro_batches(const StepPlan& plan);
-  void run_micro_batch(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras);
+  void adopt_prefix(const Admission& admission);
   void forget_fillers(const PlannedMicroBatch& extras);
-  DecodeStatus decode(std::span<const PlannedRows> rows);
-  void handle_failure(std::span<const PlannedRows> rows, DecodeStatus status);
+  void fork(EngineSequence& leader);
   void reconcile(EngineSequence& sequence);
   void forget(EngineSequence& sequence);
   void rebuild_backend();
   bool evict_all();
-  void advance(std::span<const PlannedRows> rows);
-  void count_padding(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras);
-  void fork(EngineSequence& leader);
-  void sample_rows();
 
   // engine_output.cpp: tokens to text, terminal states, publishing.
-  void add_token(EngineSequence& sequence, SampledToken& sampled);
+  void add_token(EngineSequence& sequence, SampledToken& sampled, double now);
   void add_text(EngineSequence& sequence, Token token);
   void flush_text(EngineSequence& sequence);
   void finish(EngineSequence& sequence, FinishReason reason, StopReason why = {});
@@ -148,8 +170,8 @@ class Engine {
   void mark_news(EngineRequest& request);
   std::vector<RequestId> publish();
   void update_stats();
+  void count_tiers();
   void check_integrity() const;
-  void leave_queue(EngineRequest& request);
 
   static EngineSequence& of(Sequence* sequence) { return static_cast<EngineSequence&>(*sequence); }
 
@@ -166,8 +188,9 @@ class Engine {
   Inbox inbox_;
   std::atomic<bool> closing_{false};
   RequestId next_id_ = 1;
-  std::int64_t queued_requests_ = 0;  // submitted, not yet admitted or ended
-  std::int64_t queued_tokens_ = 0;
+  QueueLoad load_;  // submitted, not yet admitted or ended
+  bool is_paused_ = false;
+  bool is_draining_ = false;
   std::int32_t num_pins_ = 0;  // prefixes that are pinned or about to be
   std::atomic<std::int64_t> num_open_{0};
   std::mutex in_flight_mutex_;
@@ -180,6 +203,15 @@ class Engine {
   SchedulerState state_;
   std::unordered_map<RequestId, std::unique_ptr<EngineRequest>> requests_;
   std::set<std::pair<double, RequestId>> deadlines_;
+  std::set<std::pair<double, RequestId>> queue_deadlines_;
+  // Since the last step.
+  double last_step_at_ = 0.0;
+  bool did_wait_ = false;  // somebody waited for room, and not for anything else
+  std::int64_t num_admitted_ = 0;
+  std::int64_t admitted_tokens_ = 0;
+  QueueRate queue_rate_;
+  BatchSizeController batch_size_;
+  double kv_per_row_ = 0.0;  // recently, of decode rows
   std::vector<EngineRequest*> news_;
   MicroBatch batch_;
   std::vector<std::pair<EngineSequence*, std::int32_t>> sampled_rows_;  // sequence, batch index

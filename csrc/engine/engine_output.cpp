@@ -10,7 +10,7 @@
 
 namespace batchcore {
 
-void Engine::add_token(EngineSequence& sequence, SampledToken& sampled) {
+void Engine::add_token(EngineSequence& sequence, SampledToken& sampled, double now) {
   EngineRequest& request = *sequence.request;
   if (sequence.is_finished) return;
   if (!sampled.valid()) {
@@ -21,8 +21,17 @@ void Engine::add_token(EngineSequence& sequence, SampledToken& sampled) {
     return;
   }
   const Token token = sampled.token;
-  if (request.metrics.first_token_s == 0.0) request.metrics.first_token_s = clock_();
+  if (request.metrics.first_token_s == 0.0) {
+    request.metrics.first_token_s = now;
+    stats_.latencies.ttft.record(now - request.metrics.arrival_s);
+  }
+  const double before = std::exchange(sequence.last_token_s, now);
+  if (before >= 0.0) {
+    stats_.latencies.itl.record(now - before);
+    batch_size_.observe(now - before, static_cast<std::int32_t>(state_.running.size()));
+  }
   stats_.num_generated_tokens += 1;
+  state_.waiting.charge(sequence.user, config_.scheduler.queue.fair_share.output_token_cost);
   if (sequence.batch != nullptr) {
     stats_.busy_slot_steps += 1;
     if (!std::exchange(sequence.has_started, true)) sequence.batch->num_started += 1;
@@ -87,7 +96,11 @@ void Engine::finish(EngineSequence& sequence, FinishReason reason, StopReason wh
     num_pins_ -= 1;
   }
   if (request.spec.timeout_s) deadlines_.erase({request.deadline, request.id});
+  state_.waiting.leave(request.user);
   request.metrics.finished_s = clock_();
+  if (reason == FinishReason::kStop || reason == FinishReason::kLength) {
+    stats_.latencies.e2e.record(request.metrics.finished_s - request.metrics.arrival_s);
+  }
   stats_.num_finished[static_cast<std::size_t>(reason)] += 1;
 }
 
@@ -128,13 +141,6 @@ void Engine::drop_pin(SeqId slot) {
   state_.pinned[static_cast<std::size_t>(slot)] = false;
   const std::lock_guard lock(inbox_mutex_);
   num_pins_ -= 1;
-}
-
-void Engine::leave_queue(EngineRequest& request) {
-  if (std::exchange(request.was_admitted, true)) return;
-  const std::lock_guard lock(inbox_mutex_);
-  queued_requests_ -= 1;
-  queued_tokens_ -= static_cast<std::int64_t>(request.spec.prompt.size());
 }
 
 void Engine::mark_news(EngineRequest& request) {
@@ -189,8 +195,37 @@ void Engine::update_stats() {
   stats_.host_cache_bytes = static_cast<std::int64_t>(state_.host.num_bytes());
   stats_.cost_s = state_.cost.coefficients();
   stats_.num_graphs_reused = backend_->num_graphs_reused();
+  stats_.num_active_users = static_cast<std::int32_t>(state_.waiting.users().num_active());
+  stats_.num_known_users = static_cast<std::int32_t>(state_.waiting.users().num_known());
+  stats_.batch_size_limit = std::min(config_.scheduler.max_num_seqs, state_.batch_size_limit);
+  stats_.batch_size_knee = batch_size_.knee();
+  stats_.num_batch_size_increases = batch_size_.num_increases();
+  stats_.num_batch_size_decreases = batch_size_.num_decreases();
+  count_tiers();
   const std::lock_guard lock(stats_mutex_);
   published_stats_ = stats_;
+}
+
+// Both are in the order of priorities.
+void Engine::count_tiers() {
+  stats_.num_tiers = 0;
+  auto waiting = state_.waiting.by_priority().begin();
+  auto running = state_.running.begin();
+  const auto has_waiting = [&] { return waiting != state_.waiting.by_priority().end(); };
+  const auto has_running = [&] { return running != state_.running.end(); };
+  for (TierCount& tier : stats_.tiers) {
+    if (!has_waiting() && !has_running()) return;
+    const bool waits_first =
+        !has_running() || (has_waiting() && waiting->first < (*running)->rank.priority);
+    tier = {waits_first ? waiting->first : (*running)->rank.priority, 0, 0};
+    if (has_waiting() && waiting->first == tier.priority) {
+      tier.num_waiting = static_cast<std::int32_t>((waiting++)->second);
+    }
+    for (; has_running() && (*running)->rank.priority == tier.priority; ++running) {
+      tier.num_running += 1;
+    }
+    stats_.num_tiers += 1;
+  }
 }
 
 void Engine::check_integrity() const {
@@ -199,6 +234,12 @@ void Engine::check_integrity() const {
   };
   demand(!requests_.empty() || saved_bytes_ == 0, "host memory is held for nobody");
   if (const auto problem = state_.kv.check_integrity()) throw std::logic_error(*problem);
+  // A long queue is not recounted in every step.
+  if (state_.waiting.size() <= 64 || state_.step % 64 == 0) {
+    if (const auto problem = state_.waiting.check_integrity()) throw std::logic_error(*problem);
+  }
+  demand(queue_deadlines_.size() <= requests_.size() && deadlines_.size() <= requests_.size(),
+         "a deadline is kept for nobody");
   std::int32_t num_active = 0;
   for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
     num_active += state_.kv.state(slot) == KvTree::SlotState::kActive ? 1 : 0;

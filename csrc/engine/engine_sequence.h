@@ -29,7 +29,8 @@ struct EngineSequence : Sequence {
   Sampler sampler;
   Detokenizer detokenizer;
   StopMatcher stops;
-  CompletionDelta delta;  ///< gained since the last publish
+  CompletionDelta delta;       ///< gained since the last publish
+  double last_token_s = -1.0;  ///< when it gained its last token, < 0 before the first
   bool is_finished = false;
   bool is_suspect = false;  ///< was in a batch that failed: computed alone until that succeeds
   std::vector<std::uint8_t> saved_state;
@@ -42,7 +43,9 @@ struct EngineRequest {
   std::vector<std::unique_ptr<EngineSequence>> sequences;  ///< by completion index
   std::shared_ptr<StaticBatch> batch;  ///< shared by its members, null where there is none
   std::int32_t num_unfinished = 0;
-  double deadline = 0.0;  ///< on the engine's clock, infinity where there is none
+  UserId user = 0;
+  double deadline = 0.0;        ///< on the engine's clock, infinity where there is none
+  double queue_deadline = 0.0;  ///< to be admitted by; infinity where there is none
   bool was_admitted = false;
   bool has_news = false;  ///< is in the step's list of requests to publish
   std::exception_ptr error;

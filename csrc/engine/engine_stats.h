@@ -2,7 +2,10 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
+
+#include "core/histogram.h"
 
 namespace batchcore {
 
@@ -15,7 +18,22 @@ struct PhaseSeconds {
   double publish = 0.0;
 };
 
+struct Latencies {
+  LogHistogram queue;  ///< submit to first slot
+  LogHistogram ttft;   ///< submit to first token
+  LogHistogram itl;    ///< token to token of a completion
+  LogHistogram e2e;    ///< submit to end, of requests that ended with stop or length
+};
+
+/// Sequences that came with one priority.
+struct TierCount {
+  std::int32_t priority = 0;
+  std::int32_t num_waiting = 0;
+  std::int32_t num_running = 0;
+};
+
 struct EngineStats {
+  static constexpr std::size_t kMaxTiers = 8;
   // Now.
   std::int32_t num_running = 0;
   std::int32_t num_waiting = 0;
@@ -25,6 +43,14 @@ struct EngineStats {
   std::int32_t num_pinned = 0;        ///< prefixes that are kept until unpin()
   std::int64_t saved_bytes = 0;       ///< host memory of preempted sequences
   std::int64_t host_cache_bytes = 0;  ///< host memory of evicted prefixes
+  bool is_paused = false;
+  bool is_draining = false;
+  std::int32_t num_active_users = 0;       ///< with requests that wait or run
+  std::int32_t num_known_users = 0;        ///< and those whose past use is remembered
+  std::int32_t batch_size_limit = 0;       ///< sequences that may run
+  std::int32_t batch_size_knee = 0;        ///< beyond which throughput gains little
+  std::array<TierCount, kMaxTiers> tiers;  ///< best first; the best kMaxTiers that have any
+  std::int32_t num_tiers = 0;
   // The last step that computed something.
   std::int32_t step_decode_rows = 0;
   std::int32_t step_prefill_tokens = 0;
@@ -50,7 +76,12 @@ struct EngineStats {
   std::int64_t attention_computed = 0;  ///< those that attention went over
   std::int64_t num_extra_outputs = 0;   ///< logits that nobody asked for
   std::int64_t num_preemptions = 0;
-  std::int64_t num_saves = 0;  ///< preemptions into host memory; the others are computed again
+  std::int64_t num_slot_preemptions = 0;  ///< those of them for a better tier that waited
+  std::int64_t num_batch_size_increases = 0;
+  std::int64_t num_batch_size_decreases = 0;
+  std::int64_t num_refused = 0;  ///< submits that met a bound of the queue, or were shed
+  std::int64_t num_shed = 0;     ///< those of them that would have waited longer than their timeout
+  std::int64_t num_saves = 0;    ///< preemptions into host memory; the others are computed again
   std::int64_t num_evictions = 0;
   std::int64_t num_decode_failures = 0;
   std::int64_t num_interrupts = 0;     ///< decode calls cut short because all of it was cancelled
@@ -58,6 +89,7 @@ struct EngineStats {
   std::int64_t num_graphs_reused = 0;  ///< llama.cpp compute graphs that served again
   std::array<std::int64_t, 5> num_finished{};  ///< requests by FinishReason
   PhaseSeconds seconds;
+  Latencies latencies;
 };
 
 }  // namespace batchcore

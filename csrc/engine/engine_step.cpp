@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "core/queue_cursor.h"
 #include "engine/engine.h"
 
 namespace batchcore {
@@ -12,130 +13,49 @@ namespace batchcore {
 std::vector<RequestId> Engine::run_step() {
   take_in();
   const double start = clock_();
+  observe_queue(start);
   expire(start);
+  state_.now = start;
+  state_.waiting.age(start);
   const StepPlan plan = scheduler_.plan(state_);
   stats_.seconds.plan += clock_() - start;
   state_.step += 1;
   stats_.num_steps += plan.micro_batches.empty() ? 0 : 1;
-  if (plan.empty() && state_.running.empty() && !state_.waiting.empty()) {
+  if (plan.empty() && !state_.waiting.empty() && idle_until() <= start) {
     // Can't happen while a slot holds the longest sequence; waiting for it forever would be worse.
-    EngineSequence& head = of(state_.waiting.begin()->second);
+    EngineSequence& head = of(QueueCursor(state_.waiting).next());
     finish_request(*head.request, FinishReason::kError,
                    std::make_exception_ptr(EngineError("the request can't be scheduled")));
   }
   for (Sequence* sequence : plan.preemptions) preempt(of(sequence));
   for (const SeqId slot : plan.evictions) evict(slot);
   for (const Admission& admission : plan.admissions) admit(admission);
+  stats_.num_slot_preemptions += plan.num_slot_preemptions;
   run_micro_batches(plan);
+  update_batch_size();
+  did_wait_ = !state_.waiting.empty() && idle_until() <= start;
   if (config_.check_integrity) check_integrity();
   return publish();
 }
 
-void Engine::preempt(EngineSequence& sequence) {
-  save(sequence);
-  backend_->remove(sequence.slot, 0, -1);
-  state_.kv.remove(sequence.slot);
-  std::erase(state_.running, &sequence);
-  sequence.slot = -1;
-  sequence.num_computed = 0;
-  sequence.num_shared = 0;
-  sequence.is_suspect = false;
-  sequence.num_preemptions += 1;
-  sequence.request->metrics.num_preemptions += 1;
-  stats_.num_preemptions += 1;
-  state_.waiting.push(&sequence);
-}
-
-// Copies the cells to host memory where that is allowed, has room and pays.
-void Engine::save(EngineSequence& sequence) {
-  if (sequence.num_computed == 0) return;
-  const std::size_t bytes = backend_->saved_size(sequence.slot);
-  if (bytes == 0 || saved_bytes_ + bytes > config_.max_saved_bytes) return;
-  if (!saving_pays(scheduler_.config().preemption, sequence.num_computed, bytes, state_.cost,
-                   state_.copy_speed)) {
-    return;
+// Time in which nobody waited, or for something else than room, says nothing about the queue.
+void Engine::observe_queue(double now) {
+  if (did_wait_ && !state_.is_paused) {
+    queue_rate_.observe(now - last_step_at_, num_admitted_, admitted_tokens_);
   }
-  const double start = clock_();
-  sequence.saved_state.resize(bytes);
-  const std::size_t written = backend_->save(sequence.slot, sequence.saved_state);
-  saved_bytes_ += bytes;
-  if (written == 0) {
-    drop_saved(sequence);
-    return;
+  last_step_at_ = now;
+  num_admitted_ = 0;
+  admitted_tokens_ = 0;
+}
+
+void Engine::update_batch_size() {
+  constexpr std::uint64_t kKneeSteps = 64;  // a fit moves a little with every step
+  if (!config_.scheduler.adaptive) return;
+  if (state_.step % kKneeSteps == 0 && state_.cost.is_ready()) {
+    batch_size_.set_knee(
+        throughput_knee(state_.cost.coefficients(), kv_per_row_, config_.scheduler.max_num_seqs));
   }
-  state_.copy_speed.observe(bytes, clock_() - start);
-  sequence.num_saved = sequence.num_computed;
-  stats_.num_saves += 1;
-}
-
-// Where the copy can't be restored, the sequence computes its tokens again.
-void Engine::restore(EngineSequence& sequence) {
-  const double start = clock_();
-  if (backend_->restore(sequence.slot, sequence.saved_state)) {
-    state_.copy_speed.observe(sequence.saved_state.size(), clock_() - start);
-    state_.kv.append(
-        sequence.slot,
-        std::span(sequence.tokens).first(static_cast<std::size_t>(sequence.num_saved)));
-  }
-  drop_saved(sequence);
-}
-
-void Engine::drop_saved(EngineSequence& sequence) {
-  saved_bytes_ -= sequence.saved_state.size();
-  sequence.saved_state = {};
-  sequence.num_saved = 0;
-}
-
-void Engine::evict(SeqId slot) {
-  save_prefix(slot);
-  drop_pin(slot);
-  backend_->remove(slot, 0, -1);
-  state_.kv.remove(slot);
-  stats_.num_evictions += 1;
-}
-
-// To the host tier, where that is cheaper than to compute the prefix again and nobody else holds
-// it.
-void Engine::save_prefix(SeqId slot) {
-  const std::size_t room = state_.host.max_bytes();
-  if (room == 0) return;
-  HostCache::Entry entry{state_.kv.tokens(slot), {}};
-  const bool whole_only = state_.serves_whole_slots_only();
-  const auto length = static_cast<std::int32_t>(entry.tokens.size());
-  if (state_.kv.cells_freed_by(std::span(&slot, 1)) == 0) return;
-  const HostCache::Match known = state_.host.longest_match(entry.tokens, whole_only);
-  if (known.length == length) return;
-  const std::size_t bytes = backend_->saved_size(slot);
-  if (bytes == 0 || bytes > room) return;
-  const PreemptionMode mode = scheduler_.config().preemption == PreemptionMode::kSave
-                                  ? PreemptionMode::kSave
-                                  : PreemptionMode::kAuto;
-  if (state_.cost.is_ready() && !saving_pays(mode, length, bytes, state_.cost, state_.copy_speed)) {
-    return;
-  }
-  const double start = clock_();
-  entry.state.resize(bytes);
-  if (backend_->save(slot, entry.state) == 0) return;
-  state_.copy_speed.observe(bytes, clock_() - start);
-  state_.host.put(std::move(entry), whole_only);
-}
-
-// Where the state can't be restored, or not be cut back to what is wanted, the sequence computes
-// its prompt.
-void Engine::restore_prefix(const Admission& admission) {
-  const HostCache::Entry& entry = *admission.host;
-  const SeqId slot = admission.slot;
-  const double start = clock_();
-  state_.host.touch(admission.host);
-  if (!backend_->restore(slot, entry.state)) return;
-  state_.copy_speed.observe(entry.state.size(), clock_() - start);
-  if (!backend_->remove(slot, admission.prefix_length, -1)) {
-    backend_->remove(slot, 0, -1);
-    return;
-  }
-  const auto length = static_cast<std::size_t>(admission.prefix_length);
-  state_.kv.append(slot, std::span(entry.tokens).first(length));
-  stats_.num_host_tokens += admission.prefix_length;
+  state_.batch_size_limit = batch_size_.limit();
 }
 
 void Engine::admit(const Admission& admission) {
@@ -154,30 +74,14 @@ void Engine::admit(const Admission& admission) {
   if (request.was_admitted) return;
   leave_queue(request);
   request.metrics.admitted_s = clock_();
+  stats_.latencies.queue.record(request.metrics.admitted_s - request.metrics.arrival_s);
+  num_admitted_ += 1;
+  admitted_tokens_ += sequence.num_prompt_tokens;
+  state_.waiting.charge(sequence.user, config_.scheduler.queue.fair_share.prompt_token_cost *
+                                           (sequence.num_prompt_tokens - sequence.num_computed));
   request.metrics.num_cached_tokens = sequence.num_computed;
   stats_.num_prompt_tokens += sequence.num_prompt_tokens;
   stats_.num_cached_tokens += sequence.num_computed;
-}
-
-// Gives the new slot what is already computed of its sequence. Where the backend can't after all (a
-// window that has moved on), the sequence computes it.
-void Engine::adopt_prefix(const Admission& admission) {
-  const SeqId slot = admission.slot;
-  Sequence& sequence = *admission.sequence;
-  if (admission.prefix_slot == slot) {
-    state_.kv.set_active(slot);
-    if (state_.kv.length(slot) == admission.prefix_length) return;
-    const bool kept = backend_->remove(slot, admission.prefix_length, -1);
-    if (!kept) backend_->remove(slot, 0, -1);
-    state_.kv.truncate(slot, kept ? admission.prefix_length : 0);
-    return;
-  }
-  state_.kv.open(slot);
-  if (admission.prefix_slot < 0) return;
-  state_.last_used[static_cast<std::size_t>(admission.prefix_slot)] = state_.step;
-  if (!backend_->copy(admission.prefix_slot, slot, admission.prefix_length)) return;
-  state_.kv.share(admission.prefix_slot, slot, admission.prefix_length);
-  sequence.num_shared = admission.prefix_length;
 }
 
 void Engine::run_micro_batches(const StepPlan& plan) {
@@ -252,6 +156,7 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   if (work.prefill_tokens == 0) {
     const double attention = state_.cost.coefficients()[3] * static_cast<double>(work.kv_tokens);
     state_.row_shapes.observe(static_cast<std::int32_t>(batch_.size()), seconds - attention);
+    kv_per_row_ += 0.1 * (static_cast<double>(work.kv_tokens) / work.decode_rows - kv_per_row_);
   }
   state_.cost.observe(work, seconds);
   stats_.num_micro_batches += 1;
@@ -288,12 +193,6 @@ void Engine::count_padding(std::span<const PlannedRows> rows, const PlannedMicro
     if (std::find(counted.begin(), counted.end(), batch) != counted.end()) continue;
     counted.push_back(batch);
     stats_.idle_slot_steps += batch->num_ended;
-  }
-}
-
-void Engine::forget_fillers(const PlannedMicroBatch& extras) {
-  for (const SeqId slot : extras.filler_slots) {
-    backend_->remove(slot, state_.kv.length(slot), -1);
   }
 }
 
@@ -347,42 +246,6 @@ void Engine::handle_failure(std::span<const PlannedRows> rows, DecodeStatus stat
   }
 }
 
-void Engine::reconcile(EngineSequence& sequence) {
-  const Position held = backend_->pos_max(sequence.slot) + 1;
-  if (held == sequence.num_computed) return;
-  if (held > sequence.num_computed && backend_->remove(sequence.slot, sequence.num_computed, -1)) {
-    return;
-  }
-  backend_->remove(sequence.slot, 0, -1);
-  forget(sequence);
-}
-
-// The cells of a running sequence are gone; it computes its tokens again.
-void Engine::forget(EngineSequence& sequence) {
-  state_.kv.truncate(sequence.slot, 0);
-  sequence.num_computed = 0;
-  sequence.num_shared = 0;
-}
-
-// False where there was nothing to evict.
-bool Engine::evict_all() {
-  bool any = false;
-  for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
-    if (state_.kv.state(slot) != KvTree::SlotState::kCached) continue;
-    evict(slot);
-    any = true;
-  }
-  return any;
-}
-
-// After a failure of the device nothing that it holds can be trusted.
-void Engine::rebuild_backend() {
-  if (!backend_->rebuild()) return;
-  stats_.num_rebuilds += 1;
-  evict_all();
-  for (Sequence* sequence : state_.running) forget(of(sequence));
-}
-
 void Engine::advance(std::span<const PlannedRows> rows) {
   for (const PlannedRows& planned : rows) {
     Sequence& sequence = *planned.sequence;
@@ -392,29 +255,6 @@ void Engine::advance(std::span<const PlannedRows> rows) {
     sequence.num_computed += planned.count;
     of(&sequence).is_suspect = false;
     state_.last_used[static_cast<std::size_t>(sequence.slot)] = state_.step;
-  }
-}
-
-// The prompt is computed: the sibling completions start from a copy of its cells, and their first
-// tokens are drawn from the same row of logits.
-void Engine::fork(EngineSequence& leader) {
-  leader.num_forks = 0;
-  for (const auto& sibling : leader.request->sequences) {
-    if (sibling.get() == &leader || sibling->is_finished) continue;
-    sibling->tokens = leader.tokens;
-    const SeqId slot = Scheduler::choose_slot(state_);
-    if (state_.kv.state(slot) == KvTree::SlotState::kCached) evict(slot);
-    state_.kv.open(slot);
-    sibling->slot = slot;
-    if (backend_->copy(leader.slot, slot, -1)) {
-      state_.kv.share(leader.slot, slot, leader.num_computed);
-      sibling->num_computed = leader.num_computed;
-      sibling->num_shared = leader.num_computed;
-    }
-    const auto place =
-        std::upper_bound(state_.running.begin(), state_.running.end(), sibling.get(),
-                         [](const Sequence* a, const Sequence* b) { return a->rank < b->rank; });
-    state_.running.insert(place, sibling.get());
   }
 }
 
@@ -443,7 +283,7 @@ void Engine::sample_rows() {
   const double sampled = clock_();
   stats_.seconds.sample += sampled - start;
   for (std::size_t i = 0; i < sampled_rows_.size(); ++i) {
-    add_token(*sampled_rows_[i].first, samples_[i]);
+    add_token(*sampled_rows_[i].first, samples_[i], sampled);
   }
   stats_.seconds.text += clock_() - sampled;
 }

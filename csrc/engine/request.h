@@ -36,11 +36,13 @@ using StopReason = std::variant<std::monostate, Token, std::string>;
 struct RequestSpec {
   std::vector<Token> prompt;
   SamplingParams sampling;
-  std::int32_t priority = 0;           ///< lower first
-  std::optional<double> timeout_s;     ///< from submit, in the queue and while running
-  bool streams = false;                ///< publish after every step, not just at the end
-  bool pins = false;                   ///< its prompt stays in the KV memory until unpin()
-  std::shared_ptr<Notifier> notifier;  ///< told when there is something to take; may be null
+  std::int32_t priority = 0;              ///< the tier, lower first
+  std::string user;                       ///< whose share of the engine it counts against
+  std::optional<double> timeout_s;        ///< from submit, in the queue and while running
+  std::optional<double> queue_timeout_s;  ///< from submit, while it was never admitted
+  bool streams = false;                   ///< publish after every step, not just at the end
+  bool pins = false;                      ///< its prompt stays in the KV memory until unpin()
+  std::shared_ptr<Notifier> notifier;     ///< told when there is something to take; may be null
 };
 
 /// What one completion gained since it was last taken.

@@ -221,6 +221,7 @@ TEST_CASE("timeouts end requests in the queue and while running") {
     RequestSpec spec = request({1, static_cast<Token>(2 + i)}, 50);
     spec.sampling.ignore_eos = true;
     spec.timeout_s = i == 4 ? 0.05 : 0.5;
+    spec.priority = i == 4 ? 1 : 0;  // in one tier the earliest deadline would go first
     channels.push_back(sim.engine.submit(spec));
   }
   REQUIRE(sim.run());
@@ -380,6 +381,15 @@ TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing")
     options.cost.loose_row_s = seed % 7 < 4 ? 0.01 : 0.0;
     options.host_cache_bytes = seed % 3 == 1 ? 4096 : 0;
     options.preemption = seed % 4 == 2 ? PreemptionMode::kSave : PreemptionMode::kAuto;
+    options.adjust = [seed](EngineConfig& config) {
+      config.scheduler.queue.aging_s = seed % 3 == 2 ? 0.1 : 0.0;
+      config.scheduler.queue.fair_share.max_idle_users = 2;
+      config.scheduler.preempt_for_slots = seed % 4 != 3;
+      config.scheduler.max_wait_s = seed % 8 == 5 ? 0.05 : 0.0;
+      config.scheduler.adaptive = seed % 6 == 4;
+      config.scheduler.target_itl_s = seed % 6 == 4 ? 0.015 : 0.0;
+      if (seed % 5 == 3) config.scheduler.tier_limits = {{0, 0, 1}, {2, 3, 0}};
+    };
     auto owned = std::make_unique<FaultyBackend>(testing::sim_info(options), options.cost);
     owned->leaves_a_part = seed % 2 == 1;
     owned->fault = passing_failures(random, 20, {std::begin(kFailures), std::end(kFailures)});
@@ -396,12 +406,15 @@ TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing")
           if (random() % 4 == 0) spec.sampling.n = 2 + static_cast<int>(random() % 3);
           spec.pins = options.prefix_caching && spec.sampling.n == 1 && random() % 8 == 0;
           if (random() % 5 == 0) spec.timeout_s = 0.2;
+          if (random() % 5 == 0) spec.queue_timeout_s = 0.1;
           spec.priority = static_cast<int>(random() % 3);
+          spec.user = std::string(random() % 6, 'u');
           spec.streams = random() % 2 == 0;
           try {
             all.emplace_back(spec, sim.engine.submit(spec));
           } catch (const InvalidRequestError&) {
-            REQUIRE(spec.pins);  // half of the slots are pinned
+            // Half of the slots are pinned, or the tier may not have as many.
+            REQUIRE((spec.pins || spec.sampling.n == 4));
           }
           break;
         }
@@ -409,11 +422,14 @@ TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing")
           if (all.empty()) break;
           sim.engine.abort(all[random() % all.size()].second->id());
           if (random() % 4 == 0) sim.engine.unpin(all[random() % all.size()].second->id());
+          if (random() % 8 == 0) sim.engine.pause();
+          if (random() % 3 == 0) sim.engine.resume();
           break;
         default:
           sim.engine.step();
       }
     }
+    sim.engine.resume();
     REQUIRE(sim.run());
     for (const auto& [spec, channel] : all) {
       REQUIRE(channel->is_finished());
@@ -428,6 +444,7 @@ TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing")
         continue;
       RequestSpec again = spec;
       again.timeout_s.reset();
+      again.queue_timeout_s.reset();
       REQUIRE(result.completions[0].token_ids ==
               run_alone(again, options).completions[0].token_ids);
     }
@@ -435,6 +452,7 @@ TEST_CASE("any order of submit, abort, timeout, failure and step loses nothing")
     CHECK(sim.engine.stats().num_running == 0);
     CHECK(sim.engine.stats().num_waiting == 0);
     CHECK(sim.engine.stats().num_active_cells == 0);
+    CHECK(sim.engine.stats().num_active_users == 0);
   }
 }
 

@@ -2,96 +2,18 @@
 
 #include <doctest/doctest.h>
 
-#include <memory>
-#include <numeric>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "core/eviction.h"
+#include "scene.h"
 
 namespace batchcore {
 namespace {
 
-BackendInfo info(KvLayout layout, std::int32_t num_cells, std::int32_t num_slots) {
-  BackendInfo backend;
-  backend.n_vocab = 100;
-  backend.num_slots = num_slots;
-  backend.num_cells = num_cells;
-  backend.cells_per_slot = layout == KvLayout::kUnified ? num_cells : num_cells / num_slots;
-  backend.n_ubatch = 16;
-  backend.max_outputs = 4;
-  backend.layout = layout;
-  return backend;
-}
-
-// A state written down by hand: sequences with given tokens, some of them computed.
-struct Scene {
-  explicit Scene(KvLayout layout = KvLayout::kUnified, std::int32_t num_cells = 64,
-                 std::int32_t num_slots = 4)
-      : state(info(layout, num_cells, num_slots)) {
-    config.max_num_seqs = 3;
-  }
-
-  Sequence& add(std::vector<Token> tokens, std::int32_t max_new, std::int32_t priority = 0) {
-    auto sequence = std::make_unique<Sequence>();
-    sequence->request_id = all.size() + 1;
-    sequence->rank = {priority, sequence->request_id, 0};
-    sequence->num_prompt_tokens = static_cast<std::int32_t>(tokens.size());
-    sequence->max_tokens_total = sequence->num_prompt_tokens + max_new;
-    sequence->tokens = std::move(tokens);
-    all.push_back(std::move(sequence));
-    return *all.back();
-  }
-
-  Sequence& waits(std::vector<Token> tokens, std::int32_t max_new = 4, std::int32_t priority = 0) {
-    Sequence& sequence = add(std::move(tokens), max_new, priority);
-    state.waiting.push(&sequence);
-    return sequence;
-  }
-
-  Sequence& runs(SeqId slot, std::vector<Token> tokens, std::int32_t num_computed,
-                 std::int32_t max_new = 4, std::int32_t priority = 0) {
-    Sequence& sequence = add(std::move(tokens), max_new, priority);
-    sequence.slot = slot;
-    sequence.num_computed = num_computed;
-    state.kv.open(slot);
-    state.kv.append(slot, std::span(sequence.tokens).first(static_cast<std::size_t>(num_computed)));
-    state.running.push_back(&sequence);
-    return sequence;
-  }
-
-  void caches(SeqId slot, const std::vector<Token>& tokens, std::uint64_t last_used) {
-    state.kv.open(slot);
-    state.kv.append(slot, tokens);
-    state.kv.set_cached(slot);
-    state.last_used[static_cast<std::size_t>(slot)] = last_used;
-  }
-
-  [[nodiscard]] StepPlan plan() const { return Scheduler(config).plan(state); }
-
-  // "1x2 3x1" is two tokens of request 1 and one of request 3.
-  static std::string rows(const PlannedMicroBatch& batch) {
-    std::string text;
-    for (const PlannedRows& row : batch.rows) {
-      if (!text.empty()) text += ' ';
-      text += std::to_string(row.sequence->request_id);
-      text += 'x';
-      text += std::to_string(row.count);
-    }
-    return text;
-  }
-
-  SchedulerConfig config;
-  SchedulerState state;
-  std::vector<std::unique_ptr<Sequence>> all;
-};
-
-std::vector<Token> numbers(Token first, std::size_t count) {
-  std::vector<Token> tokens(count);
-  std::iota(tokens.begin(), tokens.end(), first);
-  return tokens;
-}
+using testing::numbers;
+using testing::Scene;
 
 TEST_CASE("nothing to do is an empty plan") { CHECK(Scene().plan().empty()); }
 
@@ -212,6 +134,46 @@ TEST_CASE("who shares a long prefix with a prompt in the making waits for it") {
   const StepPlan next = scene.plan();
   REQUIRE(next.admissions.size() == 1);
   CHECK(next.admissions[0].sequence->request_id == 3);  // the second is held, nobody behind it is
+}
+
+TEST_CASE("a user whose requests all wait for a prefix stands in no other user's way") {
+  Scene scene(KvLayout::kUnified, 512);
+  scene.state.info.n_ubatch = 64;
+  scene.config.prefill_policy = PrefillPolicy::kThroughput;
+  scene.runs(0, numbers(1, 60), 10);
+  for (int i = 0; i < 30; ++i) {
+    std::vector<Token> prompt = numbers(1, 50);
+    prompt.push_back(99);
+    scene.waits(prompt);
+  }
+  Sequence& other = scene.add({70, 71}, 4);
+  other.user = scene.state.waiting.enter("other");
+  scene.state.waiting.charge(other.user, 1000);
+  scene.state.waiting.push(&other);
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.admissions.size() == 1);
+  CHECK(plan.admissions[0].sequence == &other);
+}
+
+TEST_CASE("users are admitted by what they got, cached tokens not counted") {
+  Scene scene(KvLayout::kUnified, 512, 8);
+  scene.state.info.n_ubatch = 64;
+  scene.config.max_num_seqs = 4;
+  scene.caches(7, numbers(1, 8), 5);
+  const auto waits = [&scene](const char* user, std::vector<Token> tokens) {
+    Sequence& sequence = scene.add(std::move(tokens), 4);
+    sequence.user = scene.state.waiting.enter(user);
+    scene.state.waiting.push(&sequence);
+  };
+  for (int i = 0; i < 3; ++i) waits("a", {1, 2, 3, 4, 5, 6, 7, 80 + i});  // 7 of 8 are cached
+  for (int i = 0; i < 3; ++i) waits("b", {50, 51, 52 + i});
+  const StepPlan plan = scene.plan();
+  std::vector<RequestId> admitted;
+  for (const Admission& admission : plan.admissions) {
+    admitted.push_back(admission.sequence->request_id);
+  }
+  CHECK(admitted == std::vector<RequestId>{1, 4, 2, 3});  // a 1, b 3, a 2, a 3
+  CHECK(scene.state.waiting.users().counter(scene.all[0]->user) == 0);
 }
 
 TEST_CASE("cells that run out are taken from cached prefixes first, least recently used first") {

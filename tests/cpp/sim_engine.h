@@ -39,6 +39,7 @@ struct SimOptions {
   std::int64_t max_queued_requests = 1000;
   std::size_t host_cache_bytes = 0;
   SimCost cost = {};
+  std::function<void(EngineConfig&)> adjust;  ///< sets what else a test wants
 };
 
 inline BackendInfo sim_info(const SimOptions& options) {
@@ -67,6 +68,7 @@ inline EngineConfig sim_config(const SimOptions& options) {
   config.max_queued_requests = options.max_queued_requests;
   config.max_queued_tokens = 1'000'000;
   config.check_integrity = true;
+  if (options.adjust) options.adjust(config);
   return config;
 }
 
@@ -114,7 +116,9 @@ struct SimEngine {
   bool run(int limit = 100'000) {
     while (engine.has_work()) {
       if (limit-- == 0) return false;
+      const double before = backend->now();
       engine.step();
+      if (backend->now() == before) skipped += 1e-3;  // held back until some time
     }
     return true;
   }

@@ -1,0 +1,110 @@
+// Works out one plan: what the state would be after each decision is kept here, the state stays as
+// it is. Internal to Scheduler::plan(); lives for one plan.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/scheduler.h"
+#include "core/scheduler_state.h"
+#include "core/step_plan.h"
+
+namespace batchcore {
+
+// A prefix shorter than this is computed again rather than copied between streams, which moves a
+// whole stream's buffer.
+inline constexpr std::int32_t kMinStreamCopy = 64;
+
+/// What was decided so far; copied where a decision may have to be taken back.
+struct PlanDraft {
+  StepPlan plan_;
+  std::vector<Sequence*> decoding_;
+  std::vector<PlannedRows> prefill_;
+  std::vector<SeqId> removed_;  // evicted and preempted: free once the plan is carried out
+  std::vector<SeqId> kept_;     // in use, or the source of a copy
+  std::vector<SeqId> taken_;    // promised to an admission
+  std::vector<std::int32_t> running_by_group_;
+  std::int32_t num_sequences_ = 0;
+  std::int32_t planned_cells_ = 0;
+  std::int32_t budget_ = 0;
+};
+
+class Planner : private PlanDraft {
+ public:
+  Planner(const SchedulerConfig& config, const TierLimits& tiers, const SchedulerState& state);
+
+  StepPlan plan(bool admits);
+
+ private:
+  // planner.cpp: cells, and who computes what.
+  [[nodiscard]] bool is_preempted(const Sequence* sequence) const {
+    return std::find(plan_.preemptions.begin(), plan_.preemptions.end(), sequence) !=
+           plan_.preemptions.end();
+  }
+  [[nodiscard]] bool is_cached(SeqId slot) const {
+    return slot >= 0 && state_.kv.state(slot) == KvTree::SlotState::kCached;
+  }
+  [[nodiscard]] bool is_pinned(SeqId slot) const {
+    return slot >= 0 && state_.pinned[static_cast<std::size_t>(slot)];
+  }
+  [[nodiscard]] bool is_alone() const { return decoding_.empty() && prefill_.empty(); }
+  [[nodiscard]] std::int32_t free_cells() const;
+  bool secure_cells(std::int32_t cells, const Sequence* requester);
+  [[nodiscard]] bool is_only(const Sequence& sequence) const;
+  bool evict_one(bool even_pinned);
+  void count(const Sequence& sequence, std::int32_t sign);
+  void preempt(Sequence* victim);
+  bool preempt_one_behind(const Sequence& requester);
+  void choose_decoding(bool in_lock_step);
+  [[nodiscard]] std::int32_t whole_groups(std::int32_t count, std::int32_t others) const;
+  [[nodiscard]] std::int32_t prefill_budget() const;
+  std::int32_t plan_chunk(Sequence* sequence, std::int32_t num_computed, bool may_preempt);
+  void continue_prefill();
+
+  // planner_admission.cpp: who gets a slot.
+  [[nodiscard]] std::int32_t free_slots() const;
+  [[nodiscard]] Sequence* last_in_worse_tier(std::int32_t priority) const;
+  [[nodiscard]] bool may_take_slots(std::int32_t priority) const;
+  void admit();
+  bool take_slots_for(Sequence* candidate);
+  bool try_admit(Sequence* candidate, const PrefixMatch& match);
+
+  // planner_placement.cpp: where it goes, and what it starts from.
+  [[nodiscard]] std::int32_t expected_tokens(const Sequence& sequence) const;
+  [[nodiscard]] bool fits_in_future(const Sequence& candidate, const PrefixMatch& prefix) const;
+  [[nodiscard]] bool is_worth_waiting(const Sequence& candidate, std::int32_t have) const;
+  [[nodiscard]] PrefixMatch find_prefix(const Sequence& sequence) const;
+  [[nodiscard]] HostCache::Match find_host_prefix(const Sequence& sequence,
+                                                  std::int32_t have) const;
+  bool place(Sequence* candidate, const PrefixMatch& match, std::int32_t num_restored = 0,
+             std::int32_t num_cells = 0);
+  [[nodiscard]] bool may_take_over(const PrefixMatch& match) const;
+  SeqId take_slot();
+
+  // planner_shapes.cpp: which calls.
+  void build_micro_batches();
+  void add_decoding();
+  void find_fillable();
+  std::uint8_t& fillable(SeqId slot) { return fillable_[static_cast<std::size_t>(slot)]; }
+  void bridge_gap(PlannedMicroBatch& batch, SeqId before, SeqId after);
+  void add_filler(PlannedMicroBatch& batch, SeqId slot);
+  void complete_row_groups(PlannedMicroBatch& batch);
+  [[nodiscard]] std::int32_t pending_after_admission(const Sequence* sequence) const;
+  void add_fillers(PlannedMicroBatch& batch, std::int32_t wanted);
+  [[nodiscard]] SeqId slot_of(const Sequence* sequence) const;
+
+  [[nodiscard]] bool is_removed(SeqId slot) const {
+    return std::find(removed_.begin(), removed_.end(), slot) != removed_.end();
+  }
+
+  const SchedulerConfig& config_;
+  const TierLimits& tiers_;
+  const SchedulerState& state_;
+  const bool unified_;
+  std::vector<std::uint8_t> fillable_;  // slots that may get a dummy row
+};
+
+}  // namespace batchcore

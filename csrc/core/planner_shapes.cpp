@@ -1,0 +1,135 @@
+#include <algorithm>
+#include <utility>
+
+#include "core/planner.h"
+
+namespace batchcore {
+namespace {
+
+// In streams, idle slots between busy ones that are cheaper filled than cut out: a second call
+// costs as much as six rows.
+constexpr std::int32_t kMaxGap = 6;
+
+}  // namespace
+
+void Planner::build_micro_batches() {
+  find_fillable();
+  if (!decoding_.empty()) add_decoding();
+  for (const PlannedRows& rows : prefill_) {
+    // Unified: one call for all, prefill rows ride along in the matrix products of the decode
+    // rows. Streams are split into rectangles, so that a prompt beside others only makes more,
+    // smaller calls: each prompt gets its own.
+    if (plan_.micro_batches.empty() || !unified_) plan_.micro_batches.emplace_back();
+    plan_.micro_batches.back().rows.push_back(rows);
+  }
+  for (PlannedMicroBatch& batch : plan_.micro_batches) complete_row_groups(batch);
+}
+
+void Planner::add_decoding() {
+  PlannedMicroBatch batch;
+  std::sort(decoding_.begin(), decoding_.end(),
+            [this](const Sequence* a, const Sequence* b) { return slot_of(a) < slot_of(b); });
+  SeqId before = -1;
+  for (Sequence* sequence : decoding_) {
+    const SeqId slot = slot_of(sequence);
+    if (!unified_ && before >= 0) bridge_gap(batch, before, slot);
+    batch.rows.push_back({sequence, 1});
+    before = slot;
+  }
+  plan_.micro_batches.push_back(std::move(batch));
+}
+
+// A dummy row may go where it can be taken back: on an empty slot, or behind a prefix of a memory
+// that can be cut back.
+void Planner::find_fillable() {
+  const bool can_cut = !state_.serves_whole_slots_only();
+  fillable_.assign(static_cast<std::size_t>(state_.info.num_slots), 0);
+  for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
+    const KvTree::SlotState holds = state_.kv.state(slot);
+    fillable(slot) =
+        holds == KvTree::SlotState::kFree || (holds == KvTree::SlotState::kCached && can_cut &&
+                                              state_.kv.length(slot) < state_.info.cells_per_slot);
+  }
+  for (const SeqId slot : removed_) fillable(slot) = 1;
+  for (const Sequence* sequence : state_.running) {
+    if (!is_preempted(sequence)) fillable(sequence->slot) = 0;
+  }
+  for (const Admission& admission : plan_.admissions) fillable(admission.slot) = 0;
+}
+
+// llama.cpp cuts a batch over streams wherever the ids have a gap, and reads all weights once
+// more for each piece.
+void Planner::bridge_gap(PlannedMicroBatch& batch, SeqId before, SeqId after) {
+  if (after - before - 1 > kMaxGap) return;
+  for (SeqId slot = before + 1; slot < after; ++slot) {
+    if (fillable(slot) == 0) return;
+  }
+  for (SeqId slot = before + 1; slot < after; ++slot) add_filler(batch, slot);
+}
+
+void Planner::add_filler(PlannedMicroBatch& batch, SeqId slot) {
+  fillable(slot) = 0;
+  batch.filler_slots.push_back(slot);
+  planned_cells_ += unified_ ? 1 : 0;
+}
+
+// Where more rows are faster, dummy rows are added to a call that only decodes, and logits that
+// nobody asks for to one that prefills: there the output head is what sees few rows.
+void Planner::complete_row_groups(PlannedMicroBatch& batch) {
+  auto count = static_cast<std::int32_t>(batch.filler_slots.size());
+  std::int32_t outputs = count;
+  for (const PlannedRows& rows : batch.rows) {
+    count += rows.count;
+    outputs += rows.count == pending_after_admission(rows.sequence) ? 1 : 0;
+  }
+  const std::int32_t wanted = state_.row_shapes.preferred(outputs) - outputs;
+  if (wanted == 0 || outputs + wanted > state_.info.max_outputs) return;
+  if (outputs < count) {
+    batch.num_extra_outputs = std::min(wanted, count - outputs);
+  } else if (count + wanted <= state_.info.n_ubatch) {
+    add_fillers(batch, wanted);
+    std::sort(batch.filler_slots.begin(), batch.filler_slots.end());
+  }
+}
+
+std::int32_t Planner::pending_after_admission(const Sequence* sequence) const {
+  for (const Admission& admission : plan_.admissions) {
+    if (admission.sequence != sequence) continue;
+    return sequence->num_tokens() - std::max(admission.prefix_length, sequence->num_saved);
+  }
+  return sequence->num_pending();
+}
+
+// Up to `wanted` dummy rows: in streams on the slots next to the busy ones, so that ids stay free
+// of gaps.
+void Planner::add_fillers(PlannedMicroBatch& batch, std::int32_t wanted) {
+  std::int32_t added = 0;
+  if (unified_) {
+    for (SeqId slot = 0; slot < state_.info.num_slots && added < wanted; ++slot) {
+      if (fillable(slot) == 0 || free_cells() < 1) continue;
+      add_filler(batch, slot);
+      added += 1;
+    }
+    return;
+  }
+  SeqId above = slot_of(batch.rows.back().sequence) + 1;
+  SeqId below = slot_of(batch.rows.front().sequence) - 1;
+  for (; added < wanted && above < state_.info.num_slots && fillable(above) != 0; ++above) {
+    add_filler(batch, above);
+    added += 1;
+  }
+  for (; added < wanted && below >= 0 && fillable(below) != 0; --below) {
+    add_filler(batch, below);
+    added += 1;
+  }
+}
+
+SeqId Planner::slot_of(const Sequence* sequence) const {
+  if (sequence->slot >= 0) return sequence->slot;
+  for (const Admission& admission : plan_.admissions) {
+    if (admission.sequence == sequence) return admission.slot;
+  }
+  return -1;
+}
+
+}  // namespace batchcore
