@@ -6,11 +6,14 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bindings/bind_errors.h"
 #include "bindings/bindings.h"
+#include "bindings/engine_options.h"
+#include "bindings/engine_stats_dict.h"
 #include "core/errors.h"
 #include "engine/engine.h"
 #include "engine/notifier.h"
@@ -19,14 +22,6 @@
 
 namespace batchcore::python {
 namespace {
-
-template <typename T>
-T by_name(const char* option, const std::string& name, const std::map<std::string, T>& values) {
-  if (const auto found = values.find(name); found != values.end()) return found->second;
-  std::string known;
-  for (const auto& [key, value] : values) known += (known.empty() ? "" : ", ") + key;
-  throw ConfigError(std::string(option) + " must be one of " + known + ", not '" + name + "'");
-}
 
 ContextParams context_params(const py::dict& options) {
   const auto get = [&options](const char* key) { return options[key]; };
@@ -48,32 +43,6 @@ ContextParams context_params(const py::dict& options) {
   params.swa_full = get("swa_full").cast<bool>();
   params.offload_kqv = get("offload_kqv").cast<bool>();
   return params;
-}
-
-EngineConfig engine_config(const py::dict& options) {
-  const auto get = [&options](const char* key) { return options[key]; };
-  EngineConfig config;
-  config.scheduler.max_num_seqs = get("max_num_seqs").cast<std::int32_t>();
-  config.scheduler.prefill_policy =
-      by_name<PrefillPolicy>("prefill_policy", get("prefill_policy").cast<std::string>(),
-                             {{"latency", PrefillPolicy::kLatency},
-                              {"balanced", PrefillPolicy::kBalanced},
-                              {"throughput", PrefillPolicy::kThroughput}});
-  config.scheduler.preemption =
-      by_name<PreemptionMode>("preemption", get("preemption").cast<std::string>(),
-                              {{"auto", PreemptionMode::kAuto},
-                               {"recompute", PreemptionMode::kRecompute},
-                               {"save", PreemptionMode::kSave}});
-  config.max_saved_bytes = get("max_saved_bytes").cast<std::size_t>();
-  config.host_cache_bytes = get("host_cache_bytes").cast<std::size_t>();
-  config.scheduler.target_itl_s = get("target_itl_s").cast<double>();
-  config.scheduler.prefix_caching = get("prefix_caching").cast<bool>();
-  config.max_queued_requests = get("max_queued_requests").cast<std::int64_t>();
-  config.max_queued_tokens = get("max_queued_tokens").cast<std::int64_t>();
-  config.max_sequence_tokens = get("max_sequence_tokens").cast<std::int32_t>();
-  config.num_sampler_threads = get("num_sampler_threads").cast<std::int32_t>();
-  config.check_integrity = get("check_integrity").cast<bool>();
-  return config;
 }
 
 // A forked child has copies of the engine's locks and threads' stacks, but not its threads: there,
@@ -116,22 +85,22 @@ SamplingParams sampling_params(const py::dict& values) {
   return params;
 }
 
+// Prompt, parameters, priority, user, timeout and queue timeout.
+using Submission = std::tuple<std::vector<Token>, SamplingParams, std::int32_t, std::string,
+                              std::optional<double>, std::optional<double>>;
+
 std::vector<std::shared_ptr<RequestChannel>> submit(Engine& engine,
-                                                    std::vector<std::vector<Token>> prompts,
-                                                    const std::vector<SamplingParams>& sampling,
-                                                    std::int32_t priority,
-                                                    std::optional<double> timeout_s, bool streams,
-                                                    bool pins, bool in_lock_step,
+                                                    std::vector<Submission> submissions,
+                                                    bool streams, bool pins, bool in_lock_step,
                                                     const std::shared_ptr<Notifier>& notifier) {
-  std::vector<RequestSpec> specs(prompts.size());
+  std::vector<RequestSpec> specs(submissions.size());
   for (std::size_t i = 0; i < specs.size(); ++i) {
-    specs[i].prompt = std::move(prompts[i]);
-    specs[i].sampling = sampling.at(i);
-    specs[i].priority = priority;
-    specs[i].timeout_s = timeout_s;
-    specs[i].streams = streams;
-    specs[i].pins = pins;
-    specs[i].notifier = notifier;
+    RequestSpec& spec = specs[i];
+    std::tie(spec.prompt, spec.sampling, spec.priority, spec.user, spec.timeout_s,
+             spec.queue_timeout_s) = std::move(submissions[i]);
+    spec.streams = streams;
+    spec.pins = pins;
+    spec.notifier = notifier;
   }
   const py::gil_scoped_release release;
   return engine.submit_all(std::move(specs), in_lock_step);
@@ -173,42 +142,13 @@ py::object take(RequestChannel& channel) {
                      times.attention_computed));
 }
 
-py::dict stats(const Engine& engine) {
-  using namespace py::literals;
-  const EngineStats s = engine.stats();
-  py::dict finished;
-  for (std::size_t i = 0; i < s.num_finished.size(); ++i) {
-    finished[py::str(std::string(kFinishReasonNames[i]))] = s.num_finished[i];
-  }
-  return py::dict(
-      "num_running"_a = s.num_running, "num_waiting"_a = s.num_waiting, "num_cells"_a = s.num_cells,
-      "num_active_cells"_a = s.num_active_cells, "num_cached_cells"_a = s.num_cached_cells,
-      "num_steps"_a = s.num_steps, "num_micro_batches"_a = s.num_micro_batches,
-      "num_pinned"_a = s.num_pinned, "saved_bytes"_a = s.saved_bytes,
-      "host_cache_bytes"_a = s.host_cache_bytes, "step_decode_rows"_a = s.step_decode_rows,
-      "step_prefill_tokens"_a = s.step_prefill_tokens, "step_s"_a = s.step_s,
-      "cost_s"_a = py::tuple(py::cast(s.cost_s)), "num_host_tokens"_a = s.num_host_tokens,
-      "padding"_a = py::dict(
-          "busy_slot_steps"_a = s.busy_slot_steps, "idle_slot_steps"_a = s.idle_slot_steps,
-          "attention_needed"_a = s.attention_needed, "attention_computed"_a = s.attention_computed,
-          "num_rows"_a = s.num_rows, "num_filler_rows"_a = s.num_filler_rows,
-          "num_extra_outputs"_a = s.num_extra_outputs),
-      "num_interrupts"_a = s.num_interrupts, "num_rows"_a = s.num_rows,
-      "num_prompt_tokens"_a = s.num_prompt_tokens, "num_prefill_tokens"_a = s.num_prefill_tokens,
-      "num_decode_rows"_a = s.num_decode_rows, "num_cached_tokens"_a = s.num_cached_tokens,
-      "num_generated_tokens"_a = s.num_generated_tokens, "num_preemptions"_a = s.num_preemptions,
-      "num_saves"_a = s.num_saves, "num_evictions"_a = s.num_evictions,
-      "num_decode_failures"_a = s.num_decode_failures, "num_rebuilds"_a = s.num_rebuilds,
-      "num_graphs_reused"_a = s.num_graphs_reused, "num_finished"_a = finished,
-      "plan_s"_a = s.seconds.plan, "decode_s"_a = s.seconds.decode, "sample_s"_a = s.seconds.sample,
-      "text_s"_a = s.seconds.text, "publish_s"_a = s.seconds.publish);
-}
-
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  m.attr("histogram_bounds") = histogram_bounds();
+
   py::class_<SamplingParams>(m, "SamplingParams",
                              "Validated parameters; see batchcore.SamplingParams.")
       .def(py::init(&sampling_params), py::arg("values"));
@@ -229,14 +169,31 @@ void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "The loop; see batchcore.Engine.")
       .def(py::init(&make_engine), py::arg("model"), py::arg("context"), py::arg("engine"))
       .def("start", &Engine::start, ReleaseGil())
-      .def("submit", &submit, py::arg("prompts"), py::arg("sampling"), py::arg("priority"),
-           py::arg("timeout_s"), py::arg("streams"), py::arg("pins"), py::arg("in_lock_step"),
-           py::arg("notifier"))
+      .def("submit", &submit, py::arg("submissions"), py::arg("streams"), py::arg("pins"),
+           py::arg("in_lock_step"), py::arg("notifier"))
       .def("abort", &Engine::abort, py::arg("request_id"), ReleaseGil())
       .def("unpin", &Engine::unpin, py::arg("request_id"), ReleaseGil())
+      .def("pause", &Engine::pause, ReleaseGil())
+      .def("resume", &Engine::resume, ReleaseGil())
+      .def("drain", &Engine::drain, ReleaseGil())
+      .def(
+          "has_room",
+          [](const Engine& engine, const std::string& user, std::int64_t num_requests,
+             std::int64_t num_tokens) { return engine.has_room({user, num_requests, num_tokens}); },
+          py::arg("user"), py::arg("num_requests"), py::arg("num_tokens"), ReleaseGil())
+      .def(
+          "wait_for_room",
+          [](Engine& engine, const std::string& user, std::int64_t num_requests,
+             std::int64_t num_tokens, double seconds) {
+            return engine.wait_for_room({user, num_requests, num_tokens}, seconds);
+          },
+          py::arg("user"), py::arg("num_requests"), py::arg("num_tokens"), py::arg("seconds"),
+          ReleaseGil())
+      .def("wait_until_idle", &Engine::wait_until_idle, py::arg("seconds"), ReleaseGil())
+      .def("watch_room", &Engine::watch_room, py::arg("notifier"), ReleaseGil())
       .def("step", &Engine::step, ReleaseGil())
       .def("close", &Engine::close, ReleaseGil())
-      .def("stats", &stats)
+      .def("stats", [](const Engine& engine) { return to_dict(engine.stats()); })
       .def_property_readonly("has_work", &Engine::has_work)
       .def_property_readonly("num_slots", [](const Engine& e) { return e.info().num_slots; })
       .def_property_readonly("num_cells", [](const Engine& e) { return e.info().num_cells; })

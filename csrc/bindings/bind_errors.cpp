@@ -44,8 +44,9 @@ Table make_table() {
     const auto& typed = static_cast<const PromptTooLongError&>(error);
     return py::dict("num_tokens"_a = typed.num_tokens, "limit"_a = typed.limit);
   });
-  table.add("QueueFullError", QueueFullError("sample", 7), [](const Error& error) {
-    return py::dict("capacity"_a = static_cast<const QueueFullError&>(error).capacity);
+  table.add("QueueFullError", QueueFullError("sample", 7, 0.5), [](const Error& error) {
+    const auto& typed = static_cast<const QueueFullError&>(error);
+    return py::dict("capacity"_a = typed.capacity, "retry_after_s"_a = typed.retry_after_s);
   });
   table.add("EngineError", EngineError("sample"), no_attributes);
   table.add("EngineClosedError", EngineClosedError("sample"), no_attributes);

@@ -4,6 +4,18 @@
 #include <utility>
 
 namespace batchcore {
+namespace {
+
+// FNV-1a: the same on every machine and in every run, unlike std::hash.
+std::size_t hash_of(const std::string& name) {
+  std::uint64_t hash = 14695981039346656037ULL;
+  for (const char byte : name) {
+    hash = (hash ^ static_cast<unsigned char>(byte)) * 1099511628211ULL;
+  }
+  return static_cast<std::size_t>(hash % FairShare::kNumServiceBuckets);
+}
+
+}  // namespace
 
 FairShare::FairShare(FairShareConfig config) : config_(std::move(config)) { find_or_add(""); }
 
@@ -17,8 +29,8 @@ UserId FairShare::find_or_add(const std::string& name) {
     free_ids_.pop_back();
   }
   const auto weight = config_.user_weights.find(name);
-  users_[index(user)] = {name, weight == config_.user_weights.end() ? 1.0 : weight->second, 0.0, 0,
-                         0};
+  users_[index(user)] = {
+      name, weight == config_.user_weights.end() ? 1.0 : weight->second, 0.0, 0, 0, hash_of(name)};
   ids_.emplace(name, user);
   return user;
 }
@@ -49,6 +61,7 @@ void FairShare::leave(UserId user) {
 
 void FairShare::charge(UserId user, double cost) {
   User& entry = users_[index(user)];
+  service_[entry.bucket] += cost;
   const double counter = entry.counter + share_of(user, cost);
   if (entry.num_open > 0) {
     auto node = active_.extract({entry.counter, user});

@@ -3,6 +3,7 @@
 // Owned by WaitingQueue, engine thread only.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -28,6 +29,8 @@ struct FairShareConfig {
 /// may go to other users once a user is idle.
 class FairShare {
  public:
+  static constexpr std::size_t kNumServiceBuckets = 16;
+
   explicit FairShare(FairShareConfig config = {});
 
   /// One more request of this user, which becomes active with it. Having been idle earns nothing:
@@ -47,6 +50,10 @@ class FairShare {
   /// Least counter of the active users; where there are none, that of the last one. Never falls.
   [[nodiscard]] double virtual_time() const;
 
+  /// What was charged so far, unweighted, by a hash of the user's name: a view of how the service
+  /// is spread that stays small with any number of users.
+  [[nodiscard]] const std::array<double, kNumServiceBuckets>& service() const { return service_; }
+
   [[nodiscard]] std::size_t num_active() const { return active_.size(); }
   [[nodiscard]] std::size_t num_known() const { return ids_.size(); }
   [[nodiscard]] const FairShareConfig& config() const { return config_; }
@@ -61,6 +68,7 @@ class FairShare {
     double counter = 0.0;
     std::int64_t num_open = 0;
     std::uint64_t left_at = 0;  // key in idle_by_age_
+    std::size_t bucket = 0;
   };
   using ByCounter = std::set<std::pair<double, UserId>>;
 
@@ -79,6 +87,7 @@ class FairShare {
   ByCounter idle_;
   std::map<std::uint64_t, UserId> idle_by_age_;
   std::uint64_t num_left_ = 0;
+  std::array<double, kNumServiceBuckets> service_{};
   double floor_ = 0.0;  // virtual time when the last active user left
 };
 

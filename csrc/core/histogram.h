@@ -1,4 +1,4 @@
-// Counts of durations in buckets of bounded relative width, small enough to be copied with every
+// Counts of durations (or other amounts) in buckets of bounded relative width, small enough to be copied with every
 // snapshot. Not thread-safe.
 #pragma once
 

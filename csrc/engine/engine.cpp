@@ -106,8 +106,13 @@ void Engine::resume() {
 
 void Engine::drain() {
   check_process();
-  const std::lock_guard lock(inbox_mutex_);
-  is_draining_ = true;
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    is_draining_ = true;
+    is_paused_ = false;  // or it would never end
+  }
+  inbox_ready_.notify_one();
+  tell_room_watchers();
 }
 
 void Engine::run() {
@@ -155,6 +160,7 @@ void Engine::fail_for_good(const std::exception& error) {
     const std::lock_guard lock(inbox_mutex_);
     closing_ = true;
   }
+  tell_room_watchers();
   fail_all(std::make_exception_ptr(EngineError(std::string("the engine failed: ") + error.what())));
 }
 
@@ -191,6 +197,7 @@ void Engine::close() {
     closing_ = true;
   }
   inbox_ready_.notify_all();
+  tell_room_watchers();
   backend_->interrupt();
   if (thread_.joinable()) thread_.join();
   const std::lock_guard step_lock(step_mutex_);

@@ -53,6 +53,8 @@ using EngineClock = std::function<double()>;
 
 class Engine {
  public:
+  static constexpr RequestId kRoomNews = 0;  ///< no request has it
+
   Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vocab,
          const EngineConfig& config, EngineClock clock = steady_seconds);
   /// Closes.
@@ -85,7 +87,8 @@ class Engine {
   void pause();
   /// Ends pause() and drain().
   void resume();
-  /// Until resume() every submit throws EngineClosedError; what was submitted before goes on.
+  /// Until resume() every submit throws EngineClosedError; what was submitted before goes on, paused
+  /// or not.
   void drain();
 
   /// Runs one step on the calling thread (only without start()); returns the requests with news.
@@ -98,6 +101,17 @@ class Engine {
   [[nodiscard]] const BackendInfo& info() const { return state_.info; }
   /// The process that made it; in any other, an engine must be neither used nor destroyed.
   [[nodiscard]] int process() const { return process_; }
+
+  /// Whether the queue's bounds have room for `demand` now. This and the next throw
+  /// EngineClosedError where the engine takes no more requests.
+  [[nodiscard]] bool has_room(const QueueDemand& demand) const;
+  /// Waits for it; false where `seconds` did not suffice. Somebody else may still be faster.
+  bool wait_for_room(const QueueDemand& demand, double seconds);
+  /// Waits until has_work() is false; false where `seconds` did not suffice.
+  bool wait_until_idle(double seconds);
+  /// Marks `notifier` once with kRoomNews: when a request leaves the queue, the engine becomes idle
+  /// or takes no more requests.
+  void watch_room(const std::shared_ptr<Notifier>& notifier);
 
   /// Ends every request with EngineClosedError and stops the thread. Idempotent.
   void close();
@@ -127,6 +141,8 @@ class Engine {
   void accept(std::unique_ptr<EngineRequest> request);
   void expire(double now);
   void leave_queue(EngineRequest& request);
+  void require_open() const;
+  void tell_room_watchers();
 
   // engine_step.cpp: carrying out a plan.
   std::vector<RequestId> run_step();
@@ -185,6 +201,8 @@ class Engine {
   // Shared with callers.
   mutable std::mutex inbox_mutex_;
   std::condition_variable inbox_ready_;
+  std::condition_variable room_changed_;
+  std::vector<std::shared_ptr<Notifier>> room_watchers_;
   Inbox inbox_;
   std::atomic<bool> closing_{false};
   RequestId next_id_ = 1;

@@ -1,5 +1,6 @@
 // From submit to the waiting queue.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -7,6 +8,7 @@
 
 #include "core/errors.h"
 #include "engine/engine.h"
+#include "engine/notifier.h"
 
 namespace batchcore {
 namespace {
@@ -102,10 +104,7 @@ std::vector<std::shared_ptr<RequestChannel>> Engine::submit_all(std::vector<Requ
   channels.reserve(requests.size());
 
   std::unique_lock lock(inbox_mutex_);
-  if (closing_) throw EngineClosedError("the engine is closed");
-  if (is_draining_) {
-    throw EngineClosedError("the engine is being drained: it takes no more requests");
-  }
+  require_open();
   load_.require_room(asked);
   require_pins(num_pins);
   for (auto& request : requests) {
@@ -196,8 +195,61 @@ void Engine::expire(double now) {
 void Engine::leave_queue(EngineRequest& request) {
   if (std::exchange(request.was_admitted, true)) return;
   if (request.spec.queue_timeout_s) queue_deadlines_.erase({request.queue_deadline, request.id});
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    load_.remove(request.spec);
+  }
+  tell_room_watchers();
+}
+
+void Engine::require_open() const {
+  if (closing_) throw EngineClosedError("the engine is closed");
+  if (is_draining_) {
+    throw EngineClosedError("the engine is being drained: it takes no more requests");
+  }
+}
+
+bool Engine::has_room(const QueueDemand& demand) const {
+  check_process();
   const std::lock_guard lock(inbox_mutex_);
-  load_.remove(request.spec);
+  require_open();
+  return load_.has_room(demand);
+}
+
+bool Engine::wait_for_room(const QueueDemand& demand, double seconds) {
+  check_process();
+  std::unique_lock lock(inbox_mutex_);
+  return room_changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] {
+    require_open();
+    return load_.has_room(demand);
+  });
+}
+
+bool Engine::wait_until_idle(double seconds) {
+  check_process();
+  std::unique_lock lock(inbox_mutex_);
+  return room_changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                                [this] { return num_open_ == 0; });
+}
+
+void Engine::watch_room(const std::shared_ptr<Notifier>& notifier) {
+  const std::lock_guard lock(inbox_mutex_);
+  if (std::find(room_watchers_.begin(), room_watchers_.end(), notifier) == room_watchers_.end()) {
+    room_watchers_.push_back(notifier);
+  }
+}
+
+void Engine::tell_room_watchers() {
+  std::vector<std::shared_ptr<Notifier>> watchers;
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    watchers.swap(room_watchers_);
+  }
+  room_changed_.notify_all();
+  for (const auto& notifier : watchers) {
+    notifier->mark(kRoomNews);
+    notifier->wake();
+  }
 }
 
 }  // namespace batchcore

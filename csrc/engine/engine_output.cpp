@@ -168,7 +168,7 @@ std::vector<RequestId> Engine::publish() {
     update.finished = done;
     update.error = request->error;
     update.metrics = request->metrics;
-    if (done) num_open_ -= 1;
+    if (done && (num_open_ -= 1) == 0) tell_room_watchers();
     request->channel->publish(std::move(update));
     published.push_back(request->id);
     const std::shared_ptr<Notifier>& notifier = request->spec.notifier;
@@ -196,6 +196,7 @@ void Engine::update_stats() {
   stats_.cost_s = state_.cost.coefficients();
   stats_.num_graphs_reused = backend_->num_graphs_reused();
   stats_.num_active_users = static_cast<std::int32_t>(state_.waiting.users().num_active());
+  stats_.service = state_.waiting.users().service();
   stats_.num_known_users = static_cast<std::int32_t>(state_.waiting.users().num_known());
   stats_.batch_size_limit = std::min(config_.scheduler.max_num_seqs, state_.batch_size_limit);
   stats_.batch_size_knee = batch_size_.knee();

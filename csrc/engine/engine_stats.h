@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/fair_share.h"
 #include "core/histogram.h"
 
 namespace batchcore {
@@ -87,9 +88,12 @@ struct EngineStats {
   std::int64_t num_interrupts = 0;     ///< decode calls cut short because all of it was cancelled
   std::int64_t num_rebuilds = 0;       ///< of the context, after the device had failed
   std::int64_t num_graphs_reused = 0;  ///< llama.cpp compute graphs that served again
+  /// FairShare::service(): what users were charged, by a hash of their names.
+  std::array<double, FairShare::kNumServiceBuckets> service{};
   std::array<std::int64_t, 5> num_finished{};  ///< requests by FinishReason
   PhaseSeconds seconds;
   Latencies latencies;
+  LogHistogram step_tokens;  ///< rows that a step computed
 };
 
 }  // namespace batchcore

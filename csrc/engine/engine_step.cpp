@@ -33,6 +33,9 @@ std::vector<RequestId> Engine::run_step() {
   stats_.num_slot_preemptions += plan.num_slot_preemptions;
   run_micro_batches(plan);
   update_batch_size();
+  if (!plan.micro_batches.empty()) {
+    stats_.step_tokens.record(stats_.step_decode_rows + stats_.step_prefill_tokens);
+  }
   did_wait_ = !state_.waiting.empty() && idle_until() <= start;
   if (config_.check_integrity) check_integrity();
   return publish();

@@ -4,8 +4,6 @@
 #include <cstdio>
 #include <limits>
 
-#include "core/errors.h"
-
 namespace batchcore {
 namespace {
 
@@ -72,46 +70,59 @@ void QueueLoad::require_room(std::span<const RequestSpec* const> specs) {
     of_user.requests += 1;
     of_user.tokens += num_tokens(*spec);
   }
-  check_totals(more);
-  for (const auto& [user, amount] : more_of) check_user(user, amount);
-  if (bounds_.sheds) check_deadlines(specs);
+  refuse(check_totals(more));
+  for (const auto& [user, amount] : more_of) refuse(check_user(user, amount));
+  if (!bounds_.sheds) return;
+  const Refusal shed = check_deadlines(specs);
+  num_shed_ += shed ? 1 : 0;
+  refuse(shed);
 }
 
-void QueueLoad::check_totals(const Amount& more) {
+bool QueueLoad::has_room(const QueueDemand& demand) const {
+  const Amount more{demand.num_requests, demand.num_tokens};
+  return !check_totals(more) && !check_user(demand.user, more);
+}
+
+QueueLoad::Refusal QueueLoad::check_totals(const Amount& more) const {
   const std::int64_t requests = total_.requests + more.requests - bounds_.max_requests;
   if (requests > 0) {
-    refuse("the queue is full: " + std::to_string(total_.requests) + " requests are waiting",
-           bounds_.max_requests, seconds_for(static_cast<double>(requests), 0.0));
+    return QueueFullError(
+        "the queue is full: " + std::to_string(total_.requests) + " requests are waiting",
+        bounds_.max_requests, seconds_for(static_cast<double>(requests), 0.0));
   }
   // One request is always taken, however long, so that the bound can't make a valid one impossible.
   const bool is_first = total_.requests == 0 && more.requests == 1;
   const std::int64_t tokens = total_.tokens + more.tokens - bounds_.max_tokens;
   if (!is_first && tokens > 0) {
-    refuse("the queue is full: " + std::to_string(total_.tokens) + " prompt tokens are waiting",
-           bounds_.max_tokens, seconds_for(0.0, static_cast<double>(tokens)));
+    return QueueFullError(
+        "the queue is full: " + std::to_string(total_.tokens) + " prompt tokens are waiting",
+        bounds_.max_tokens, seconds_for(0.0, static_cast<double>(tokens)));
   }
+  return std::nullopt;
 }
 
-void QueueLoad::check_user(const std::string& user, const Amount& more) {
-  if (bounds_.max_requests_per_user <= 0 && bounds_.max_tokens_per_user <= 0) return;
+QueueLoad::Refusal QueueLoad::check_user(const std::string& user, const Amount& more) const {
+  if (bounds_.max_requests_per_user <= 0 && bounds_.max_tokens_per_user <= 0) return std::nullopt;
   const auto found = by_user_.find(user);
   const Amount now = found == by_user_.end() ? Amount{} : found->second;
   // Places become free for this user as often as for every other who waits.
   const auto num_users = static_cast<double>(std::max<std::size_t>(by_user_.size(), 1));
   const std::int64_t requests = now.requests + more.requests - bounds_.max_requests_per_user;
   if (bounds_.max_requests_per_user > 0 && requests > 0) {
-    refuse("the queue is full for this user: " + std::to_string(now.requests) +
-               " of its requests are waiting",
-           bounds_.max_requests_per_user,
-           seconds_for(static_cast<double>(requests) * num_users, 0.0));
+    return QueueFullError("the queue is full for this user: " + std::to_string(now.requests) +
+                              " of its requests are waiting",
+                          bounds_.max_requests_per_user,
+                          seconds_for(static_cast<double>(requests) * num_users, 0.0));
   }
   const bool is_first = now.requests == 0 && more.requests == 1;
   const std::int64_t tokens = now.tokens + more.tokens - bounds_.max_tokens_per_user;
   if (bounds_.max_tokens_per_user > 0 && !is_first && tokens > 0) {
-    refuse("the queue is full for this user: " + std::to_string(now.tokens) +
-               " of its prompt tokens are waiting",
-           bounds_.max_tokens_per_user, seconds_for(0.0, static_cast<double>(tokens) * num_users));
+    return QueueFullError("the queue is full for this user: " + std::to_string(now.tokens) +
+                              " of its prompt tokens are waiting",
+                          bounds_.max_tokens_per_user,
+                          seconds_for(0.0, static_cast<double>(tokens) * num_users));
   }
+  return std::nullopt;
 }
 
 std::int64_t QueueLoad::tokens_ahead(const RequestSpec& spec) const {
@@ -130,8 +141,8 @@ std::int64_t QueueLoad::tokens_ahead(const RequestSpec& spec) const {
   return ahead + own->second.urgent + std::min(others, own->second.urgent * num_others);
 }
 
-void QueueLoad::check_deadlines(std::span<const RequestSpec* const> specs) {
-  if (!rate_.is_known()) return;
+QueueLoad::Refusal QueueLoad::check_deadlines(std::span<const RequestSpec* const> specs) const {
+  if (!rate_.is_known()) return std::nullopt;
   std::int64_t before = 0;  // of this very call
   for (const RequestSpec* spec : specs) {
     const double patience = patience_s(*spec);
@@ -139,17 +150,18 @@ void QueueLoad::check_deadlines(std::span<const RequestSpec* const> specs) {
     const double wait = ahead / rate_.tokens_per_s();
     before += num_tokens(*spec);
     if (wait <= patience) continue;
-    num_shed_ += 1;
-    refuse("the request would wait for about " + in_seconds(wait) +
-               ", longer than its timeout of " + in_seconds(patience),
-           static_cast<std::int64_t>(rate_.tokens_per_s() * std::max(patience, 0.0)),
-           std::clamp(wait - patience, kMinRetryS, kMaxRetryS));
+    return QueueFullError("the request would wait for about " + in_seconds(wait) +
+                              ", longer than its timeout of " + in_seconds(patience),
+                          static_cast<std::int64_t>(rate_.tokens_per_s() * std::max(patience, 0.0)),
+                          std::clamp(wait - patience, kMinRetryS, kMaxRetryS));
   }
+  return std::nullopt;
 }
 
-void QueueLoad::refuse(const std::string& message, std::int64_t bound, double retry_after_s) {
+void QueueLoad::refuse(const Refusal& refusal) {
+  if (!refusal) return;
   num_refused_ += 1;
-  throw QueueFullError(message, bound, retry_after_s);
+  throw QueueFullError(*refusal);
 }
 
 // Until as many requests or prompt tokens have left the queue.

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
 
+#include "core/errors.h"
 #include "core/queue_rate.h"
 #include "engine/request.h"
 
@@ -22,12 +24,21 @@ struct QueueBounds {
   bool sheds = false;  ///< refuses at once who would wait longer than its timeout
 };
 
+/// What somebody would like to submit.
+struct QueueDemand {
+  std::string user;
+  std::int64_t num_requests = 1;
+  std::int64_t num_tokens = 0;  ///< of their prompts
+};
+
 class QueueLoad {
  public:
   explicit QueueLoad(const QueueBounds& bounds) : bounds_(bounds) {}
 
   /// Throws QueueFullError where not all of them can be taken.
   void require_room(std::span<const RequestSpec* const> specs);
+  /// Whether the bounds allow `demand`; whether it would be shed is another question.
+  [[nodiscard]] bool has_room(const QueueDemand& demand) const;
   void add(const RequestSpec& spec);
   void remove(const RequestSpec& spec);
   void set_rate(const QueueRate& rate) { rate_ = rate; }
@@ -55,10 +66,12 @@ class QueueLoad {
     std::unordered_map<std::string, UserTokens> by_user;
   };
 
-  void check_totals(const Amount& more);
-  void check_user(const std::string& user, const Amount& more);
-  void check_deadlines(std::span<const RequestSpec* const> specs);
-  [[noreturn]] void refuse(const std::string& message, std::int64_t bound, double retry_after_s);
+  using Refusal = std::optional<QueueFullError>;
+
+  [[nodiscard]] Refusal check_totals(const Amount& more) const;
+  [[nodiscard]] Refusal check_user(const std::string& user, const Amount& more) const;
+  [[nodiscard]] Refusal check_deadlines(std::span<const RequestSpec* const> specs) const;
+  void refuse(const Refusal& refusal);
   [[nodiscard]] double seconds_for(double requests, double tokens) const;
 
   QueueBounds bounds_;

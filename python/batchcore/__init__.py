@@ -11,7 +11,7 @@ from batchcore._core import __version__
 from batchcore.async_engine import AsyncEngine
 from batchcore.engine import Engine
 from batchcore.errors import BatchcoreError
-from batchcore.handle import AsyncRequestHandle, RequestHandle
+from batchcore.handle import AsyncRequestHandle, FinishedRequest, RequestHandle
 from batchcore.model import Model
 from batchcore.outputs import (
     CompletionOutput,
@@ -23,8 +23,10 @@ from batchcore.outputs import (
 )
 from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
+from batchcore.policy import SchedulingPolicy, Tier
 from batchcore.profile import Profile
-from batchcore.stats import EngineStats, PaddingStats
+from batchcore.stats import EngineStats, Histogram, LatencyStats, PaddingStats, TierStats
+from batchcore.submission import Submission
 
 __all__ = [
     "AsyncEngine",
@@ -33,6 +35,9 @@ __all__ = [
     "CompletionOutput",
     "Engine",
     "EngineStats",
+    "FinishedRequest",
+    "Histogram",
+    "LatencyStats",
     "Model",
     "PaddingStats",
     "PinnedPrefix",
@@ -42,7 +47,11 @@ __all__ = [
     "RequestOutput",
     "RequestPadding",
     "SamplingParams",
+    "SchedulingPolicy",
     "StreamDelta",
+    "Submission",
+    "Tier",
+    "TierStats",
     "TokenLogprobs",
     "__version__",
     "errors",

@@ -7,27 +7,32 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from batchcore import _core
-from batchcore.engine import Engine, submit_to
+from batchcore.engine import Engine
+from batchcore.engine_options import check_not_negative
 from batchcore.errors import ConfigError, EngineClosedError, EngineError
 from batchcore.handle import AsyncRequestHandle
 from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
+from batchcore.policy import check_timeout, check_user, encode_user
+from batchcore.submission import Submission, submit_to
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from typing_extensions import Self
 
-    from batchcore.engine import Prompt
+    from batchcore.handle import Observer
     from batchcore.model import Model
     from batchcore.outputs import RequestOutput, StreamDelta
     from batchcore.stats import EngineStats
+    from batchcore.submission import Prompt
 
 __all__ = ["AsyncEngine"]
 
 # Texts longer than this are tokenised in a worker thread, so that they don't hold up the loop.
 _LONG_TEXT = 16_384
+_ROOM_NEWS = 0  # Engine::kRoomNews
 
 
 class AsyncEngine:
@@ -51,6 +56,7 @@ class AsyncEngine:
         self._notifier: _core.Notifier | None = None
         self._starting: asyncio.Future[Engine] | None = None
         self._closed = False
+        self._room_waiters: list[asyncio.Future[None]] = []
         self._handles: weakref.WeakValueDictionary[int, AsyncRequestHandle] = (
             weakref.WeakValueDictionary()
         )
@@ -114,6 +120,9 @@ class AsyncEngine:
     def _dispatch(self) -> None:
         assert self._notifier is not None
         for request_id in self._notifier.take():
+            if request_id == _ROOM_NEWS:
+                self._wake_room_waiters()
+                continue
             handle = self._handles.get(request_id)
             if handle is not None:
                 handle._wake()
@@ -123,14 +132,18 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        priority: int = 0,
+        priority: int | str = 0,
+        user: str = "",
         timeout: float | None = None,
+        queue_timeout: float | None = None,
     ) -> RequestOutput:
         """Complete one prompt; cancelling the task cancels the request.
 
         Takes and raises what `Engine.generate` does.
         """
-        handle = await self._submit(prompt, params, priority, timeout, streams=False)
+        handle = await self._submit(
+            prompt, params, priority, user, timeout, queue_timeout, streams=False
+        )
         return await handle
 
     async def stream(
@@ -138,14 +151,18 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        priority: int = 0,
+        priority: int | str = 0,
+        user: str = "",
         timeout: float | None = None,
+        queue_timeout: float | None = None,
     ) -> AsyncIterator[StreamDelta]:
         """Complete one prompt and yield text and tokens as they come.
 
         Closing the iterator or cancelling the task cancels the request.
         """
-        handle = await self._submit(prompt, params, priority, timeout, streams=True)
+        handle = await self._submit(
+            prompt, params, priority, user, timeout, queue_timeout, streams=True
+        )
         deltas = handle.__aiter__()
         try:
             async for delta in deltas:
@@ -158,21 +175,27 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        priority: int = 0,
+        priority: int | str = 0,
+        user: str = "",
         timeout: float | None = None,
+        queue_timeout: float | None = None,
     ) -> AsyncRequestHandle:
         """Queue one prompt and return its handle, to await or to iterate.
 
         A handle that is dropped cancels its request. Raises what `Engine.submit` does.
         """
-        return await self._submit(prompt, params, priority, timeout, streams=True)
+        return await self._submit(
+            prompt, params, priority, user, timeout, queue_timeout, streams=True
+        )
 
     async def _submit(
         self,
         prompt: Prompt,
         params: SamplingParams | None,
-        priority: int,
-        timeout: float | None,
+        priority: int | str = 0,
+        user: str = "",
+        timeout: float | None = None,
+        queue_timeout: float | None = None,
         *,
         streams: bool,
         pins: bool = False,
@@ -186,11 +209,12 @@ class AsyncEngine:
         self._check_open()
         handle = submit_to(
             engine,
-            [tokens],
-            [params or SamplingParams()],
+            [
+                Submission(
+                    tokens, params or SamplingParams(), priority, user, timeout, queue_timeout
+                )
+            ],
             AsyncRequestHandle,
-            priority=priority,
-            timeout=timeout,
             streams=streams,
             pins=pins,
             notifier=self._notifier,
@@ -201,9 +225,70 @@ class AsyncEngine:
     async def warm(self, prompt: Prompt) -> PinnedPrefix:
         """Compute a prompt and keep it for requests that start with it; see `Engine.warm`."""
         once = SamplingParams(max_tokens=1)
-        handle = await self._submit(prompt, once, 0, None, streams=False, pins=True)
-        output = await handle
+        handle = await self._submit(prompt, once, streams=False, pins=True)
+        try:
+            output = await handle
+        except BaseException:
+            # It may have been kept already, and nobody else knows how to let go of it.
+            self.engine._native.unpin(handle.id)
+            raise
         return PinnedPrefix(self.engine._native, handle.id, len(output.prompt_token_ids))
+
+    def pause(self) -> None:
+        """Give no slot to requests that wait, until `resume`; see `Engine.pause`."""
+        self.engine.pause()
+
+    def resume(self) -> None:
+        """End `pause` and `drain`."""
+        self.engine.resume()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait for those that there are; see `Engine.drain`."""
+        return await asyncio.to_thread(self.engine.drain, timeout)
+
+    async def wait_for_capacity(
+        self, num_tokens: int = 0, *, user: str = "", timeout: float | None = None
+    ) -> bool:
+        """Wait until the queue has room for a prompt of `num_tokens`; False where `timeout` passed.
+
+        Several callers may wait for the same room, so `submit` may still raise QueueFullError.
+
+        Raises:
+            EngineClosedError: The engine takes no more requests.
+        """
+        check_not_negative(num_tokens=num_tokens)
+        check_user(user)
+        check_timeout("timeout", timeout)
+        await self.start()
+        try:
+            await asyncio.wait_for(self._until_room(encode_user(user), num_tokens), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def _until_room(self, user: bytes, num_tokens: int) -> None:
+        native = self.engine._native
+        while True:
+            self._check_open()
+            assert self._notifier is not None
+            waiter = asyncio.get_running_loop().create_future()
+            self._room_waiters.append(waiter)
+            # Watched first, so that room that comes between the two is not missed.
+            native.watch_room(self._notifier)
+            if native.has_room(user, 1, num_tokens):
+                waiter.cancel()
+                return
+            await waiter
+
+    def _wake_room_waiters(self) -> None:
+        waiters, self._room_waiters = self._room_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def add_observer(self, observer: Observer) -> Callable[[], None]:
+        """Call `observer` with every `FinishedRequest`; see `Engine.add_observer`."""
+        return self.engine.add_observer(observer)
 
     def abort(self, request_id: int) -> None:
         """End a request as `cancelled` within one step; nothing happens where it has ended."""
@@ -229,6 +314,7 @@ class AsyncEngine:
         if self._notifier is not None and self._loop is not None:
             self._loop.remove_reader(self._notifier.fd)
             self._notifier = None
+            self._wake_room_waiters()
             for handle in open_handles:
                 handle._wake()  # for the news that came with closing
 

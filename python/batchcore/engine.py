@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import atexit
+import math
 import operator
-import os
+import time
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from batchcore import _core, _log
+from batchcore import _core, _log, engine_options
 from batchcore.batching import plan_batches, progress_bar
-from batchcore.errors import ConfigError, InvalidRequestError
-from batchcore.handle import RequestHandle, SteppedRequestHandle, _Handle
+from batchcore.errors import InvalidRequestError
+from batchcore.handle import RequestHandle, SteppedRequestHandle
 from batchcore.model import Model
 from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
+from batchcore.policy import SchedulingPolicy, check_timeout, check_user, encode_user
 from batchcore.profile import Profile
 from batchcore.stats import EngineStats
+from batchcore.submission import Submission, as_params, as_prompts, submit_to
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import os
+    from collections.abc import Callable, Iterator, Sequence
 
     from typing_extensions import Self
 
     from batchcore.batching import Bucketing
+    from batchcore.handle import Observer
     from batchcore.outputs import RequestOutput, StreamDelta
-
-    Prompt = str | Sequence[int]
+    from batchcore.submission import AdmissionHook, Prompt
 
 __all__ = ["Engine"]
 
-_MAX_SLOTS = 256  # llama.cpp's LLAMA_MAX_SEQ
-HandleT = TypeVar("HandleT", bound=_Handle)
+# A thread that waits in C++ comes up this often to let Python handle signals such as Ctrl-C.
+_SIGNAL_CHECK_S = 0.2
 
 # Engines still open when the interpreter exits. Their threads must be gone before it tears down.
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -55,7 +59,7 @@ class Engine:
         self,
         model: str | os.PathLike[str] | Model,
         *,
-        max_num_seqs: int | None = None,
+        max_num_seqs: int | Literal["auto"] | None = None,
         n_ctx: int = 8192,
         max_sequence_tokens: int | None = None,
         n_ubatch: int | None = None,
@@ -63,6 +67,9 @@ class Engine:
         prefix_caching: bool = True,
         prefill_policy: Literal["latency", "balanced", "throughput"] = "balanced",
         target_itl_ms: float | None = None,
+        max_wait_ms: float = 0.0,
+        policy: SchedulingPolicy | None = None,
+        on_submit: AdmissionHook | None = None,
         preemption: Literal["auto", "recompute", "save"] = "auto",
         max_saved_bytes: int = 1 << 30,
         host_cache_bytes: int = 0,
@@ -84,7 +91,9 @@ class Engine:
         Args:
             model: A path, the name of a preset, `hf:owner/repo/file.gguf`, or a loaded Model, which
                 several engines may share.
-            max_num_seqs: Sequences that run at the same time; 16 where nothing is said.
+            max_num_seqs: Sequences that run at the same time; 16 where nothing is said. With `auto`
+                the engine finds out: no more than add to the throughput, by what steps are measured
+                to take, and no more than `target_itl_ms` allows where that is given.
             n_ctx: KV cells, shared by all sequences; with `streams` each gets an equal part.
             max_sequence_tokens: Prompt and output of one sequence together, at most; None means
                 what the model was trained with. Never more than its part of `n_ctx`.
@@ -97,6 +106,10 @@ class Engine:
             prefill_policy: How much prompts may slow down sequences that decode.
             target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
                 with a prompt take 2.5 times as long as one without.
+            max_wait_ms: How long an idle engine holds requests back for its batch to fill; with
+                continuous batching whoever comes next joins at the next step anyway.
+            policy: Tiers, fair share between users, bounds per user, shedding.
+            on_submit: Called with every `Submission` before it is queued, to change or refuse it.
             preemption: What becomes of a sequence whose cells are needed by others: its cells are
                 saved to host memory, or recomputed when it goes on; `auto` takes what is faster.
             max_saved_bytes: Host memory for saved cells at most; beyond, they are recomputed.
@@ -123,35 +136,37 @@ class Engine:
             EngineError: Not enough memory.
         """
         found = Profile.of(profile).options
-        max_num_seqs = _first(max_num_seqs, found.get("max_num_seqs"), 16)
-        n_ubatch = _first(n_ubatch, found.get("n_ubatch"), 512)
-        n_threads = _first(n_threads, found.get("n_threads"), None)
-        kv_layout = _first(kv_layout, found.get("kv_layout"), "auto")
-        flash_attn = _first(flash_attn, found.get("flash_attn"), "auto")
-        _check_positive(max_num_seqs=max_num_seqs, n_ctx=n_ctx, n_ubatch=n_ubatch)
-        _check_positive(max_queued_requests=max_queued_requests)
-        _check_positive(max_queued_tokens=max_queued_tokens)
-        if max_num_seqs > _MAX_SLOTS:
-            raise ConfigError(f"max_num_seqs must be at most {_MAX_SLOTS}, not {max_num_seqs}")
-        for name, value in (
-            ("n_threads", n_threads),
-            ("max_sequence_tokens", max_sequence_tokens),
-            ("max_saved_bytes", max_saved_bytes + 1),
-            ("host_cache_bytes", host_cache_bytes + 1),
-        ):
-            if value is not None:
-                _check_positive(**{name: value})
-        if target_itl_ms is not None and not 0 < target_itl_ms < float("inf"):
-            raise ConfigError(f"target_itl_ms must be above 0, not {target_itl_ms}")
+        first_given, check = engine_options.first_given, engine_options.check_positive
+        max_num_seqs = first_given(max_num_seqs, found.get("max_num_seqs"), 16)
+        n_ubatch = first_given(n_ubatch, found.get("n_ubatch"), 512)
+        n_threads = first_given(n_threads, found.get("n_threads"), engine_options.usable_cores())
+        kv_layout = first_given(kv_layout, found.get("kv_layout"), "auto")
+        flash_attn = first_given(flash_attn, found.get("flash_attn"), "auto")
+        check(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads)
+        check(max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens)
+        if max_sequence_tokens is not None:
+            check(max_sequence_tokens=max_sequence_tokens)
+        engine_options.check_not_negative(
+            max_saved_bytes=max_saved_bytes, host_cache_bytes=host_cache_bytes
+        )
+        if target_itl_ms is not None:
+            engine_options.check_milliseconds("target_itl_ms", target_itl_ms, above_zero=True)
+        engine_options.check_milliseconds("max_wait_ms", max_wait_ms, above_zero=False)
+        num_seqs = engine_options.sequences_that_run(max_num_seqs, n_ctx)
+        self.policy = policy or SchedulingPolicy()
+        """Tiers, fair share and bounds per user."""
+        self.on_submit = on_submit
+        """Called with every request before it is queued; may be set at any time."""
+        self._observers: tuple[Observer, ...] = ()
         self.model = model if isinstance(model, Model) else Model(model, n_gpu_layers=n_gpu_layers)
         """The model it runs."""
         if kv_layout == "auto":
             kv_layout = "unified" if prefix_caching else "streams"
         self.kv_layout = kv_layout
         """The KV layout in use."""
-        self.max_num_seqs = max_num_seqs
-        """Sequences that run at the same time."""
-        self.n_threads = threads = n_threads or usable_cores()
+        self.max_num_seqs = num_seqs
+        """Sequences that run at the same time, at most."""
+        self.n_threads = threads = n_threads
         """CPU threads that compute."""
         self._stepped: weakref.WeakValueDictionary[int, RequestHandle] = (
             weakref.WeakValueDictionary()
@@ -163,8 +178,8 @@ class Engine:
                 self.model._native,
                 {
                     "n_ctx": n_ctx,
-                    "num_slots": _num_slots(
-                        max_num_seqs, kv_layout, prefix_caching, min(n_ubatch, n_ctx)
+                    "num_slots": engine_options.num_slots(
+                        num_seqs, kv_layout, prefix_caching, min(n_ubatch, n_ctx)
                     ),
                     "n_ubatch": n_ubatch,
                     "n_threads": threads,
@@ -177,7 +192,10 @@ class Engine:
                     "offload_kqv": offload_kqv,
                 },
                 {
-                    "max_num_seqs": max_num_seqs,
+                    "max_num_seqs": num_seqs,
+                    "adaptive": max_num_seqs == "auto",
+                    "max_wait_s": max_wait_ms / 1e3,
+                    **self.policy.native_options(),
                     "max_sequence_tokens": max_sequence_tokens or self.model.n_ctx_train,
                     "prefill_policy": prefill_policy,
                     "target_itl_s": (target_itl_ms or 0.0) / 1e3,
@@ -230,8 +248,10 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: int = 0,
+        priority: int | str = 0,
+        user: str = "",
         timeout: float | None = None,
+        queue_timeout: float | None = None,
         batching: Literal["continuous", "static"] = "continuous",
         batch_size: int | None = None,
         bucketing: Bucketing | None = None,
@@ -244,8 +264,10 @@ class Engine:
             prompts: One text or list of tokens, or several of them. Control tokens in a text, as
                 chat templates write them, are read as such.
             params: One for all, or one for each; None means the defaults.
-            priority: Lower goes first.
+            priority: A number, lower goes first, or the name of a tier of the engine's policy.
+            user: Whose share of the engine this counts against.
             timeout: Seconds until each must be finished, from when it is handed in.
+            queue_timeout: Seconds until each must have a slot.
             batching: `continuous` refills a slot as soon as a sequence ends. `static` runs batches
                 that start together, decode in lock-step and end with their longest sequence: the
                 baseline that the other is measured against (`stats().padding` counts its idle
@@ -262,7 +284,7 @@ class Engine:
         Raises:
             InvalidRequestError: A prompt or parameter can't be served; then none of its batch is.
             QueueFullError: More prompts than the queue may hold.
-            RequestTimeoutError: `timeout` passed; the others have finished or are cancelled.
+            RequestTimeoutError: A timeout passed; the others have finished or are cancelled.
             EngineError: A request failed; DecodeError and EngineClosedError say how.
         """
         tokens = [self.tokenize(prompt) for prompt in as_prompts(prompts)]
@@ -279,10 +301,12 @@ class Engine:
         with progress_bar(len(tokens), progress) as advance:
             for batch in batches:
                 handles = self._submit(
-                    [tokens[index] for index in batch],
-                    [each[index] for index in batch],
-                    priority=priority,
-                    timeout=timeout,
+                    [
+                        Submission(
+                            tokens[index], each[index], priority, user, timeout, queue_timeout
+                        )
+                        for index in batch
+                    ],
                     streams=False,
                     in_lock_step=batching == "static",
                 )
@@ -300,8 +324,10 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        priority: int = 0,
+        priority: int | str = 0,
+        user: str = "",
         timeout: float | None = None,
+        queue_timeout: float | None = None,
     ) -> Iterator[StreamDelta]:
         """Complete one prompt and yield text and tokens as they come.
 
@@ -311,31 +337,41 @@ class Engine:
         Raises:
             InvalidRequestError: At the first delta, as all others; see `generate`.
         """
-        yield from self.submit(prompt, params, priority=priority, timeout=timeout)
+        yield from self.submit(
+            prompt,
+            params,
+            priority=priority,
+            user=user,
+            timeout=timeout,
+            queue_timeout=queue_timeout,
+        )
 
     def submit(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        priority: int = 0,
+        priority: int | str = 0,
+        user: str = "",
         timeout: float | None = None,
+        queue_timeout: float | None = None,
     ) -> RequestHandle:
         """Queue one prompt and return at once. A handle that is dropped cancels its request.
 
         Raises:
             InvalidRequestError: The prompt or a parameter can't be served.
-            QueueFullError: The queue is at its bound.
-            EngineClosedError: The engine is closed.
+            QueueFullError: The queue is at its bound; its `retry_after_s` says when to try again.
+            EngineClosedError: The engine is closed, or drained.
         """
-        tokens = self.tokenize(prompt)
-        return self._submit(
-            [tokens],
-            [params or SamplingParams()],
-            priority=priority,
-            timeout=timeout,
-            streams=True,
-        )[0]
+        submission = Submission(
+            self.tokenize(prompt),
+            params or SamplingParams(),
+            priority,
+            user,
+            timeout,
+            queue_timeout,
+        )
+        return self._submit([submission], streams=True)[0]
 
     def warm(self, prompt: Prompt) -> PinnedPrefix:
         """Compute a prompt and keep it, so that requests which start with it are spared that.
@@ -349,15 +385,86 @@ class Engine:
                 engine's slots keep one already.
             EngineError: As `generate`.
         """
-        tokens = self.tokenize(prompt)
-        once = [SamplingParams(max_tokens=1)]
-        handle = self._submit([tokens], once, priority=0, timeout=None, streams=False, pins=True)[0]
-        handle.result()
-        return PinnedPrefix(self._native, handle.id, len(tokens))
+        submission = Submission(self.tokenize(prompt), SamplingParams(max_tokens=1))
+        handle = self._submit([submission], streams=False, pins=True)[0]
+        try:
+            handle.result()
+        except BaseException:
+            # It may have been kept already, and nobody else knows how to let go of it.
+            self._native.unpin(handle.id)
+            raise
+        return PinnedPrefix(self._native, handle.id, len(submission.prompt_token_ids))
 
     def abort(self, request_id: int) -> None:
         """End a request as `cancelled` within one step; nothing happens where it has ended."""
         self._native.abort(request_id)
+
+    def pause(self) -> None:
+        """Give no slot to requests that wait, until `resume`; what runs goes on, timeouts too.
+
+        Raises:
+            EngineError: This process did not make the engine.
+        """
+        self._native.pause()
+
+    def resume(self) -> None:
+        """End `pause` and `drain`."""
+        self._native.resume()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait for those that there are; False where `timeout` passed.
+
+        From then on, until `resume`, what is submitted is refused with EngineClosedError. A paused
+        engine is resumed, since nothing would ever end.
+        """
+        check_timeout("timeout", timeout)
+        self._native.drain()
+        return self._wait(self._native.wait_until_idle, timeout)
+
+    def wait_for_capacity(
+        self, num_tokens: int = 0, *, user: str = "", timeout: float | None = None
+    ) -> bool:
+        """Wait until the queue has room for a prompt of `num_tokens`; False where `timeout` passed.
+
+        Several callers may wait for the same room, so `submit` may still raise QueueFullError.
+
+        Raises:
+            EngineClosedError: The engine takes no more requests.
+        """
+        engine_options.check_not_negative(num_tokens=num_tokens)
+        check_user(user)
+        check_timeout("timeout", timeout)
+        name = encode_user(user)
+        return self._wait(
+            lambda seconds: self._native.wait_for_room(name, 1, num_tokens, seconds), timeout
+        )
+
+    def _wait(self, wait: Callable[[float], bool], timeout: float | None) -> bool:
+        """Call `wait`, which takes seconds, until it is true."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = math.inf if deadline is None else deadline - time.monotonic()
+            if self.autostart:
+                done = wait(max(0.0, min(left, _SIGNAL_CHECK_S)))
+            else:
+                done = wait(0.0)
+                if not done:
+                    self._native.step()
+            if done or left <= 0:
+                return done
+
+    def add_observer(self, observer: Observer) -> Callable[[], None]:
+        """Call `observer` with a `FinishedRequest` whenever a handle has consumed a request's end.
+
+        It is called where the handle is used, so it should be quick; what it raises is logged.
+        Returns a function that removes it.
+        """
+        self._observers = (*self._observers, observer)
+
+        def remove() -> None:
+            self._observers = tuple(one for one in self._observers if one is not observer)
+
+        return remove
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what the requests with news have given so far.
@@ -424,22 +531,16 @@ class Engine:
 
     def _submit(
         self,
-        prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
+        submissions: Sequence[Submission],
         *,
-        priority: int,
-        timeout: float | None,
         streams: bool,
         pins: bool = False,
         in_lock_step: bool = False,
     ) -> list[RequestHandle]:
         handles = submit_to(
             self,
-            prompts,
-            params,
+            submissions,
             RequestHandle if self.autostart else SteppedRequestHandle,
-            priority=priority,
-            timeout=timeout,
             streams=streams,
             pins=pins,
             in_lock_step=in_lock_step,
@@ -447,88 +548,3 @@ class Engine:
         if not self.autostart:
             self._stepped.update((handle.id, handle) for handle in handles)
         return handles
-
-
-def submit_to(
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    params: Sequence[SamplingParams],
-    kind: type[HandleT],
-    *,
-    priority: int,
-    timeout: float | None,
-    streams: bool,
-    pins: bool = False,
-    in_lock_step: bool = False,
-    notifier: _core.Notifier | None = None,
-) -> list[HandleT]:
-    """Queue requests, all or none, and wrap their channels in handles of `kind`."""
-    rank: object = priority
-    if not isinstance(rank, int) or not -(2**31) <= rank < 2**31:
-        raise InvalidRequestError(f"priority must be a 32-bit integer, not {priority!r}")
-    if timeout is not None and not timeout > 0:
-        raise InvalidRequestError(f"timeout must be above 0 seconds, not {timeout}")
-    channels = engine._native.submit(
-        prompts,
-        [one._to_native() for one in params],
-        priority,
-        timeout,
-        streams,
-        pins,
-        in_lock_step,
-        notifier,
-    )
-    return [
-        kind(engine, channel, prompt, n=one.n, logprobs=one.logprobs is not None)
-        for channel, prompt, one in zip(channels, prompts, params, strict=True)
-    ]
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt as a list of one."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
-
-
-def as_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
-    """One set of parameters for each of `count` prompts."""
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InvalidRequestError(f"{len(params)} sets of parameters for {count} prompts")
-    return params
-
-
-def _first(given: Any, found: Any, default: Any) -> Any:
-    if given is not None:
-        return given
-    return default if found is None else found
-
-
-def _check_positive(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be a positive integer, not {value!r}")
-
-
-def _num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool, most: int) -> int:
-    """Sequences that the KV memory can tell apart.
-
-    Beyond those that run, `unified` slots only hold cached prefixes and cost next to nothing; in
-    `streams` each would take its part of the cells away from the running ones.
-    """
-    if kv_layout == "unified" and prefix_caching:
-        return max(max_num_seqs, min(2 * max_num_seqs, _MAX_SLOTS, most))
-    return max_num_seqs
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

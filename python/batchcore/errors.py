@@ -94,12 +94,23 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class QueueFullError(RequestError):
-    """Raised at submit when the waiting queue is at its `capacity`; retry later (HTTP 429)."""
+    """Raised at submit when the waiting queue is at its `capacity`; retry later (HTTP 429).
 
-    def __init__(self, message: str, *, capacity: int, request_id: int | str | None = None) -> None:
-        """Keep the bound that was hit, in the unit that the message names."""
+    `retry_after_s` estimates when, in seconds: the Retry-After of HTTP.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        capacity: int,
+        retry_after_s: float = 1.0,
+        request_id: int | str | None = None,
+    ) -> None:
+        """Keep the bound that was hit, in the unit that the message names, and the estimate."""
         super().__init__(message, request_id=request_id)
         self.capacity = capacity
+        self.retry_after_s = retry_after_s
 
 
 class RequestTimeoutError(RequestError, TimeoutError):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchcore import _log
@@ -21,11 +25,38 @@ if TYPE_CHECKING:
 
     from batchcore import _core
     from batchcore.engine import Engine
+    from batchcore.submission import Submission
 
-__all__ = ["AsyncRequestHandle", "RequestHandle"]
+__all__ = ["AsyncRequestHandle", "FinishedRequest", "Observer", "RequestHandle"]
+
+_logger = logging.getLogger("batchcore")
 
 # A thread that waits in C++ comes up this often to let Python handle signals such as Ctrl-C.
 _SIGNAL_CHECK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """A request that has reached its terminal state, for observers."""
+
+    submission: Submission
+    """What was asked for."""
+    output: RequestOutput
+    """What it gave; shared with the handle."""
+    submitted_at: float
+    """When, in seconds since the epoch."""
+    error: BaseException | None
+    """Why it failed, where it did."""
+
+
+Observer = Callable[[FinishedRequest], object]
+
+
+def _call(observer: Observer, event: FinishedRequest) -> None:
+    try:
+        observer(event)
+    except Exception:
+        _logger.exception("an observer of finished requests failed")
 
 
 class _Handle:
@@ -35,22 +66,22 @@ class _Handle:
         self,
         engine: Engine,
         channel: _core.RequestChannel,
-        prompt_token_ids: list[int],
-        *,
-        n: int,
-        logprobs: bool,
+        submission: Submission,
     ) -> None:
         self._engine = engine
         self._channel = channel
-        self._with_logprobs = logprobs
+        self._submission = submission
+        self._submitted_at = time.time()
+        self._with_logprobs = submission.params.logprobs is not None
         self._error: BaseException | None = None
         self.id: int = channel.id
         """The request's id, unique over the engine's life."""
         self._output = RequestOutput(
             request_id=self.id,
-            prompt_token_ids=prompt_token_ids,
+            prompt_token_ids=submission.prompt_token_ids,
             outputs=[
-                CompletionOutput(index, logprobs=[] if logprobs else None) for index in range(n)
+                CompletionOutput(index, logprobs=[] if self._with_logprobs else None)
+                for index in range(submission.params.n)
             ],
         )
 
@@ -75,6 +106,9 @@ class _Handle:
         output = getattr(self, "_output", None)
         if output is not None and not output.finished:
             self._engine.abort(self.id)
+            for completion in output.outputs:
+                completion.finish_reason = completion.finish_reason or "cancelled"
+            self._tell_observers()
 
     def _take(self) -> list[StreamDelta] | None:
         """Consume what is there; None where there is nothing new."""
@@ -88,7 +122,15 @@ class _Handle:
             self._output.metrics = self._metrics(*metrics[:6])
             self._output.padding = RequestPadding(metrics[6], metrics[7])
             self._output.finished = True
+            self._tell_observers()
         return deltas
+
+    def _tell_observers(self) -> None:
+        if not self._engine._observers:
+            return
+        event = FinishedRequest(self._submission, self._output, self._submitted_at, self._error)
+        for observer in self._engine._observers:
+            _call(observer, event)
 
     def _consume(
         self,

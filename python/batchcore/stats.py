@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+from batchcore import _core
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["EngineStats", "PaddingStats"]
+__all__ = ["EngineStats", "Histogram", "LatencyStats", "PaddingStats", "TierStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,72 @@ class PaddingStats:
     def shape_waste(self) -> float:
         """Share of the rows that were dummies."""
         return _share(self.num_filler_rows, self.num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts in buckets, each an eighth of a power of two wide.
+
+    A quantile is off by at most a sixteenth of its value. Values below 15e-6 or above 8192 count
+    into the first and last bucket.
+    """
+
+    counts: tuple[int, ...]
+    """By bucket; those beyond the end are empty."""
+    sum: float
+    """Of all values."""
+
+    @classmethod
+    def from_native(cls, values: tuple[float, tuple[int, ...]]) -> Self:
+        """From the C++ engine."""
+        return cls(values[1], values[0])
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """NaN without values."""
+        return self.sum / self.count if self.counts else math.nan
+
+    @staticmethod
+    def bounds() -> tuple[float, ...]:
+        """Bucket b holds values from `bounds()[b]` up to, not including, `bounds()[b + 1]`."""
+        return _core.histogram_bounds
+
+    def quantile(self, share: float) -> float:
+        """The middle of the bucket that holds the value at `share` (0..1); NaN without values."""
+        rank = max(1, math.ceil(share * self.count))
+        bounds = self.bounds()
+        for bucket, upto in enumerate(accumulate(self.counts)):
+            if upto >= rank:
+                return (bounds[bucket] + bounds[bucket + 1]) / 2
+        return math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyStats:
+    """Distributions of seconds, since the start."""
+
+    queue: Histogram
+    """From submit to the first slot."""
+    ttft: Histogram
+    """From submit to the first token."""
+    itl: Histogram
+    """From a token to the next one of the same completion."""
+    e2e: Histogram
+    """From submit to the end, of requests that ended with `stop` or `length`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Sequences that came with one priority, now."""
+
+    priority: int
+    num_waiting: int
+    num_running: int
 
 
 def _share(part: int, whole: int) -> float:
@@ -119,11 +189,46 @@ class EngineStats:
     """turning them into text, looking for stop strings, bookkeeping,"""
     publish_s: float
     """handing results out."""
+    is_paused: bool
+    is_draining: bool
+    num_active_users: int
+    """Users with requests that wait or run."""
+    num_known_users: int
+    """Those and the ones whose past use is remembered."""
+    batch_size_limit: int
+    """Sequences that may run now: `max_num_seqs`, or with `auto` what the engine decided."""
+    batch_size_knee: int
+    """Sequences beyond which throughput is predicted to gain little."""
+    num_batch_size_increases: int
+    """With `auto`: decisions to run one more, because tokens come faster than the target,"""
+    num_batch_size_decreases: int
+    """and to run a quarter less, because they come slower."""
+    num_refused: int
+    """Submits refused with QueueFullError,"""
+    num_shed: int
+    """and those of them that would have waited longer than their timeout."""
+    num_slot_preemptions: int
+    """Preemptions for a request of a better tier that needed a slot, not cells."""
+    service: tuple[float, ...]
+    """What users were charged (prompt and output tokens by their cost), by a hash of the name."""
+    tiers: tuple[TierStats, ...]
+    """Best first; at most eight."""
+    latencies: LatencyStats
+    step_tokens: Histogram
+    """Tokens that a step computed."""
     padding: PaddingStats
     """What was computed, or stood idle, for nothing."""
 
     @classmethod
     def from_native(cls, counters: dict[str, Any]) -> Self:
         """From the counters of the C++ engine."""
-        padding = PaddingStats(**counters.pop("padding"))
-        return cls(**counters, padding=padding)
+        latencies = counters.pop("latencies")
+        return cls(
+            padding=PaddingStats(**counters.pop("padding")),
+            tiers=tuple(TierStats(*tier) for tier in counters.pop("tiers")),
+            latencies=LatencyStats(
+                **{name: Histogram.from_native(values) for name, values in latencies.items()}
+            ),
+            step_tokens=Histogram.from_native(counters.pop("step_tokens")),
+            **counters,
+        )

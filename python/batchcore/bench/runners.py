@@ -19,15 +19,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchcore.async_engine import AsyncEngine
-from batchcore.engine import as_params
 from batchcore.errors import ConfigError
 from batchcore.params import SamplingParams
+from batchcore.submission import as_params
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
-    from batchcore.engine import Engine, Prompt
+    from batchcore.engine import Engine
     from batchcore.outputs import RequestOutput, StreamDelta
+    from batchcore.submission import Prompt
 
     OnDelta = Callable[[int, StreamDelta], None]
     Params = SamplingParams | Sequence[SamplingParams] | None

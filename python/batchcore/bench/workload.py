@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from batchcore.bench.arrivals import Distribution, PromptWriter, arrival_times, generators
 from batchcore.bench.result import write_text_atomically
-from batchcore.engine import as_params, as_prompts
 from batchcore.errors import ConfigError
 from batchcore.params import SamplingParams
+from batchcore.submission import as_params, as_prompts
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
     from batchcore.bench.arrivals import Tokenizer
-    from batchcore.engine import Prompt
+    from batchcore.submission import Prompt
 
 __all__ = ["Workload", "WorkloadRequest"]
 

@@ -47,7 +47,7 @@ def lab(
     """
     from rich.console import Console  # noqa: PLC0415
 
-    from batchcore.engine import usable_cores  # noqa: PLC0415
+    from batchcore.engine_options import usable_cores  # noqa: PLC0415
     from batchcore.lab.plan import LabConfig  # noqa: PLC0415
     from batchcore.lab.run import check_extras, run_lab  # noqa: PLC0415
     from batchcore.lab.store import PartStore  # noqa: PLC0415

@@ -44,7 +44,7 @@ def tune(
     from batchcore.bench.tune import Trial  # noqa: PLC0415
     from batchcore.bench.tune import tune as run_tune  # noqa: PLC0415
     from batchcore.bench.workload import Workload  # noqa: PLC0415
-    from batchcore.engine import usable_cores  # noqa: PLC0415
+    from batchcore.engine_options import usable_cores  # noqa: PLC0415
     from batchcore.model import Model  # noqa: PLC0415
     from batchcore.params import SamplingParams  # noqa: PLC0415
 

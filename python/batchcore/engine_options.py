@@ -1,0 +1,74 @@
+"""Options of an engine: defaults, what a profile adds, what can't work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from batchcore.errors import ConfigError
+
+__all__ = ["usable_cores"]
+
+MAX_SLOTS = 256
+"""llama.cpp's LLAMA_MAX_SEQ."""
+
+# Where the engine finds the number of sequences itself, each may count on as many cells.
+_AUTO_CELLS = 256
+_AUTO_MAX_SEQS = 64
+
+
+def first_given(given: Any, found: Any, default: Any) -> Any:
+    """What the caller said, else the profile, else the default."""
+    if given is not None:
+        return given
+    return default if found is None else found
+
+
+def check_positive(**values: Any) -> None:
+    """Refuse what is no positive integer."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+
+
+def check_not_negative(**values: Any) -> None:
+    """Refuse what is no integer of at least 0."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"{name} must be an integer of at least 0, not {value!r}")
+
+
+def check_milliseconds(name: str, value: object, *, above_zero: bool) -> None:
+    """Refuse what is no finite time."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not 0 <= value < float("inf") or (above_zero and value == 0):  # type: ignore[operator]
+        raise ConfigError(f"{name} must be {'above' if above_zero else 'at least'} 0, not {value}")
+
+
+def sequences_that_run(max_num_seqs: object, n_ctx: int) -> int:
+    """The most sequences that ever run, from an option that may be `auto`."""
+    if max_num_seqs == "auto":
+        return max(1, min(_AUTO_MAX_SEQS, n_ctx // _AUTO_CELLS))
+    check_positive(max_num_seqs=max_num_seqs)
+    assert isinstance(max_num_seqs, int)
+    if max_num_seqs > MAX_SLOTS:
+        raise ConfigError(f"max_num_seqs must be at most {MAX_SLOTS}, not {max_num_seqs}")
+    return max_num_seqs
+
+
+def num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool, most: int) -> int:
+    """Sequences that the KV memory can tell apart.
+
+    Beyond those that run, `unified` slots only hold cached prefixes and cost next to nothing; in
+    `streams` each would take its part of the cells away from the running ones.
+    """
+    if kv_layout == "unified" and prefix_caching:
+        return max(max_num_seqs, min(2 * max_num_seqs, MAX_SLOTS, most))
+    return max_num_seqs
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
