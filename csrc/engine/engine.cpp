@@ -81,6 +81,7 @@ void Engine::unpin(RequestId id) {
     const std::lock_guard lock(inbox_mutex_);
     if (closing_) return;
     inbox_.unpins.push_back(id);
+    pin_requests_.erase(id);  // who lets go of one may keep another at once
   }
   inbox_ready_.notify_one();
 }

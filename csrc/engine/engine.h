@@ -209,7 +209,7 @@ class Engine {
   QueueLoad load_;  // submitted, not yet admitted or ended
   bool is_paused_ = false;
   bool is_draining_ = false;
-  std::int32_t num_pins_ = 0;  // prefixes that are pinned or about to be
+  std::set<RequestId> pin_requests_;  // whose prefix is pinned or about to be, and not let go of
   std::atomic<std::int64_t> num_open_{0};
   std::mutex in_flight_mutex_;
   std::vector<RequestId> in_flight_;  // requests of the decode call that runs, not yet aborted

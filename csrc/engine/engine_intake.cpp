@@ -112,10 +112,12 @@ std::vector<std::shared_ptr<RequestChannel>> Engine::submit_all(std::vector<Requ
     request->channel = std::make_shared<RequestChannel>(request->id, request->spec.notifier);
     channels.push_back(request->channel);
   }
+  for (const auto& request : requests) {
+    if (request->spec.pins) pin_requests_.insert(request->id);
+  }
   inbox_.requests.reserve(inbox_.requests.size() + requests.size());
   for (const RequestSpec* spec : asked) load_.add(*spec);
   // From here on nothing throws.
-  num_pins_ += num_pins;
   num_open_ += static_cast<std::int64_t>(requests.size());
   for (auto& request : requests) inbox_.requests.push_back(std::move(request));
   lock.unlock();
@@ -126,7 +128,8 @@ std::vector<std::shared_ptr<RequestChannel>> Engine::submit_all(std::vector<Requ
 // Holds inbox_mutex_. Half of the slots stay for everybody else.
 void Engine::require_pins(std::int32_t num_pins) const {
   const std::int32_t most = std::max(1, state_.info.num_slots / 2);
-  if (num_pins > 0 && num_pins_ + num_pins > most) {
+  const auto num_kept = static_cast<std::int32_t>(pin_requests_.size());
+  if (num_pins > 0 && num_kept + num_pins > most) {
     throw InvalidRequestError("this engine can keep " + std::to_string(most) +
                               " prefixes, and does");
   }

@@ -93,7 +93,7 @@ void Engine::finish(EngineSequence& sequence, FinishReason reason, StopReason wh
   leave_queue(request);
   if (request.spec.pins && !is_pinned(request.id)) {
     const std::lock_guard lock(inbox_mutex_);
-    num_pins_ -= 1;
+    pin_requests_.erase(request.id);
   }
   if (request.spec.timeout_s) deadlines_.erase({request.deadline, request.id});
   state_.waiting.leave(request.user);
@@ -137,10 +137,11 @@ bool Engine::is_pinned(RequestId id) const {
 }
 
 void Engine::drop_pin(SeqId slot) {
-  if (pins_.erase(slot) == 0) return;
+  const auto pin = pins_.extract(slot);
+  if (pin.empty()) return;
   state_.pinned[static_cast<std::size_t>(slot)] = false;
   const std::lock_guard lock(inbox_mutex_);
-  num_pins_ -= 1;
+  pin_requests_.erase(pin.mapped());
 }
 
 void Engine::mark_news(EngineRequest& request) {

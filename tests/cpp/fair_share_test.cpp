@@ -276,5 +276,27 @@ TEST_CASE("ten thousand users, each for a moment, take no more memory than a hun
         10'000);
 }
 
+TEST_CASE("service is counted unweighted, in buckets that add up") {
+  FairShareConfig config;
+  config.user_weights["heavy"] = 4.0;
+  config.max_idle_users = 2;
+  FairShare users(config);
+  double total = 0.0;
+  for (int i = 0; i < 100; ++i) {
+    const UserId user = users.enter(i % 2 == 0 ? "heavy" : "user " + std::to_string(i));
+    users.charge(user, i);
+    total += i;
+    users.leave(user);
+  }
+  double sum = 0.0;
+  std::size_t num_used = 0;
+  for (const double service : users.service()) {
+    sum += service;
+    num_used += service > 0.0 ? 1 : 0;
+  }
+  CHECK(sum == doctest::Approx(total));
+  CHECK(num_used > FairShare::kNumServiceBuckets / 2);
+}
+
 }  // namespace
 }  // namespace batchcore

@@ -88,10 +88,7 @@ def test_lock_step_starts_when_every_prompt_is_computed(model):
     ) as engine:
         params = bc.SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
         short, long = engine._submit(
-            [[5, 6], list(range(3, 103))],
-            [params] * 2,
-            priority=0,
-            timeout=None,
+            [bc.Submission([5, 6], params), bc.Submission(list(range(3, 103)), params)],
             streams=True,
             in_lock_step=True,
         )

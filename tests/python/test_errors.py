@@ -32,7 +32,7 @@ ATTRIBUTES: dict[str, dict[str, object]] = {
     "RequestError": {"request_id": 7},
     "InvalidRequestError": {"request_id": "a"},
     "PromptTooLongError": {"num_tokens": 9000, "limit": 8192, "request_id": 7},
-    "QueueFullError": {"capacity": 1024, "request_id": None},
+    "QueueFullError": {"capacity": 1024, "retry_after_s": 0.5, "request_id": None},
     "RequestTimeoutError": {"request_id": 7},
     "DecodeError": {"status": -2},
 }

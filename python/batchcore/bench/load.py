@@ -156,7 +156,11 @@ class _Driver:
         watch = _Watch(index, request, due_s, submitted_s=self._now_s())
         try:
             watch.handle = await engine.submit(
-                request.prompt, request.params, priority=request.priority, timeout=self._timeout
+                request.prompt,
+                request.params,
+                priority=request.priority,
+                user=request.user,
+                timeout=self._timeout,
             )
             async for delta in watch.handle:
                 watch.take(delta.index, len(delta.token_ids), self._now_s())
