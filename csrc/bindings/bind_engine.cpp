@@ -195,6 +195,7 @@ void bind_engine(py::module_& m) {
       .def("close", &Engine::close, ReleaseGil())
       .def("stats", [](const Engine& engine) { return to_dict(engine.stats()); })
       .def_property_readonly("has_work", &Engine::has_work)
+      .def_property_readonly("is_closed", &Engine::is_closed)
       .def_property_readonly("num_slots", [](const Engine& e) { return e.info().num_slots; })
       .def_property_readonly("num_cells", [](const Engine& e) { return e.info().num_cells; })
       .def_property_readonly("cells_per_slot",

@@ -22,6 +22,9 @@ void bind_model(py::module_& m);
 /// SamplingParams, Notifier, RequestChannel and Engine.
 void bind_engine(py::module_& m);
 
+/// SimulatedEngine, for batchcore.simulation.
+void bind_sim(py::module_& m);
+
 /// Batch, for batchcore.lowlevel.
 void bind_batch(py::module_& m);
 

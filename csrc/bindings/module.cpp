@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, m) {
   batchcore::python::bind_batch(m);
   batchcore::python::bind_lowlevel(m);
   batchcore::python::bind_engine(m);
+  batchcore::python::bind_sim(m);
 }

@@ -1,5 +1,5 @@
-// Counts of durations (or other amounts) in buckets of bounded relative width, small enough to be copied with every
-// snapshot. Not thread-safe.
+// Counts of durations (or other amounts) in buckets of bounded relative width, small enough to be
+// copied with every snapshot. Not thread-safe.
 #pragma once
 
 #include <algorithm>

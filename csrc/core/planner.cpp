@@ -32,9 +32,14 @@ Planner::Planner(const SchedulerConfig& config, const TierLimits& tiers,
 
 StepPlan Planner::plan(bool admits) {
   choose_decoding(true);
+  const auto num_rows = unified_ ? static_cast<std::int32_t>(decoding_.size()) : 0;
+  rows_left_ = state_.info.n_ubatch - num_rows;
   budget_ = prefill_budget();
   continue_prefill();
-  if (admits) admit();
+  if (admits) {
+    admit();
+    level_slots();
+  }
   // A static batch that is larger than what fits would wait for itself.
   if (is_alone()) choose_decoding(false);
   build_micro_batches();
@@ -82,15 +87,20 @@ void Planner::count(const Sequence& sequence, std::int32_t sign) {
   running_by_group_[static_cast<std::size_t>(sequence.tier_group)] += sign * size;
 }
 
-void Planner::preempt(Sequence* victim) {
+void Planner::preempt(Sequence* victim, Cells cells) {
   plan_.preemptions.push_back(victim);
-  removed_.push_back(victim->slot);
+  if (cells == Cells::kKept) {
+    plan_.parked.push_back(victim);
+  } else {
+    removed_.push_back(victim->slot);
+  }
   count(*victim, -1);
   if (std::erase(decoding_, victim) > 0) planned_cells_ -= 1;
   std::erase_if(prefill_, [&](const PlannedRows& rows) {
     if (rows.sequence != victim) return false;
     planned_cells_ -= rows.count;
     budget_ += rows.count;
+    rows_left_ += rows.count;
     return true;
   });
 }
@@ -155,14 +165,18 @@ std::int32_t Planner::prefill_budget() const {
 
 // As many of the next pending tokens as the budget and the cells allow; 0 where none.
 std::int32_t Planner::plan_chunk(Sequence* sequence, std::int32_t num_computed, bool may_preempt) {
-  std::int32_t count = std::min(sequence->num_tokens() - num_computed, budget_);
+  const std::int32_t remaining = sequence->num_tokens() - num_computed;
+  std::int32_t count = std::min(remaining, budget_);
   if (count <= 0) return 0;
+  // A first token is not put off by a step for the last few tokens of a prompt.
+  if (remaining - count < RowShapes::kGroup && remaining <= rows_left_) count = remaining;
   if (unified_ && !secure_cells(count, may_preempt ? sequence : nullptr)) {
     count = std::min(count, free_cells());
     if (count <= 0) return 0;
   }
   planned_cells_ += count;
   budget_ -= count;
+  rows_left_ -= count;
   prefill_.push_back({sequence, count});
   return count;
 }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "core/scheduler.h"
@@ -29,7 +30,8 @@ struct PlanDraft {
   std::vector<std::int32_t> running_by_group_;
   std::int32_t num_sequences_ = 0;
   std::int32_t planned_cells_ = 0;
-  std::int32_t budget_ = 0;
+  std::int32_t budget_ = 0;     // prompt tokens that the step should still take
+  std::int32_t rows_left_ = 0;  // that it could
 };
 
 class Planner : private PlanDraft {
@@ -44,6 +46,10 @@ class Planner : private PlanDraft {
     return std::find(plan_.preemptions.begin(), plan_.preemptions.end(), sequence) !=
            plan_.preemptions.end();
   }
+  [[nodiscard]] bool is_admitted(const Sequence* sequence) const {
+    return std::any_of(plan_.admissions.begin(), plan_.admissions.end(),
+                       [&](const Admission& one) { return one.sequence == sequence; });
+  }
   [[nodiscard]] bool is_cached(SeqId slot) const {
     return slot >= 0 && state_.kv.state(slot) == KvTree::SlotState::kCached;
   }
@@ -56,7 +62,8 @@ class Planner : private PlanDraft {
   [[nodiscard]] bool is_only(const Sequence& sequence) const;
   bool evict_one(bool even_pinned);
   void count(const Sequence& sequence, std::int32_t sign);
-  void preempt(Sequence* victim);
+  enum class Cells { kFreed, kKept };
+  void preempt(Sequence* victim, Cells cells = Cells::kFreed);
   bool preempt_one_behind(const Sequence& requester);
   void choose_decoding(bool in_lock_step);
   [[nodiscard]] std::int32_t whole_groups(std::int32_t count, std::int32_t others) const;
@@ -69,7 +76,14 @@ class Planner : private PlanDraft {
   [[nodiscard]] Sequence* last_in_worse_tier(std::int32_t priority) const;
   [[nodiscard]] bool may_take_slots(std::int32_t priority) const;
   void admit();
-  bool take_slots_for(Sequence* candidate);
+  [[nodiscard]] std::unordered_map<UserId, std::int32_t> slots_by_user(std::int32_t tier) const;
+  [[nodiscard]] Sequence* last_of_largest_user(
+      const Sequence& candidate, const std::unordered_map<UserId, std::int32_t>& slots) const;
+  void level_slots();
+  template <typename NextVictim>
+  bool take_slots_for(Sequence* candidate, const NextVictim& next_victim);
+  template <typename NextVictim>
+  bool take_slots_for(Sequence* candidate, const NextVictim& next_victim, Cells cells);
   bool try_admit(Sequence* candidate, const PrefixMatch& match);
 
   // planner_placement.cpp: where it goes, and what it starts from.

@@ -148,7 +148,10 @@ bool Planner::place(Sequence* candidate, const PrefixMatch& match, std::int32_t 
     if (one_row) {
       decoding_.push_back(candidate);
       planned_cells_ += 1;
-      if (unified_) budget_ -= 1;
+      if (unified_) {
+        budget_ -= 1;
+        rows_left_ -= 1;
+      }
       return true;
     }
     if (plan_chunk(candidate, std::max(admission.prefix_length, num_restored), alone) > 0) {

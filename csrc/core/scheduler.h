@@ -30,7 +30,8 @@ struct SchedulerConfig {
   std::vector<TierLimit> tier_limits;
   /// A sequence of a worse tier gives its slot to a request of a better one that waits. Who waits
   /// counts by the priority that it came with, who runs by the tier that it had reached when it was
-  /// admitted: so no two can take the slot from each other in turn.
+  /// admitted: so no two can take the slot from each other in turn. In a tier, who
+  /// holds most slots gives one to a user whose turn it is and who then has no more than it.
   bool preempt_for_slots = true;
   double max_wait_s = 0.0;  ///< how long an idle engine waits for its batch to fill
   bool adaptive = false;    ///< fewer sequences where more don't pay or would miss target_itl_s

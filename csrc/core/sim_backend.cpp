@@ -17,42 +17,50 @@ std::uint64_t mix(std::uint64_t x) {
 
 }  // namespace
 
-SimBackend::SimBackend(const BackendInfo& info, const SimCost& cost)
-    : info_(info), cost_(cost), sequences_(static_cast<std::size_t>(info.num_slots)) {}
+SimBackend::SimBackend(const BackendInfo& info, const SimCost& cost, std::int32_t num_logits)
+    : info_(info),
+      cost_(cost),
+      num_logits_(static_cast<std::size_t>(num_logits > 0 ? num_logits : info.n_vocab)),
+      sequences_(static_cast<std::size_t>(info.num_slots)),
+      next_(static_cast<std::size_t>(info.num_slots)) {}
 
-bool SimBackend::is_valid(const MicroBatch& batch) const {
+bool SimBackend::is_valid(const MicroBatch& batch) {
   if (batch.empty() || batch.size() > static_cast<std::size_t>(info_.n_ubatch)) return false;
   if (batch.num_outputs > info_.max_outputs) return false;
-  std::unordered_map<SeqId, Position> next;
-  for (std::size_t i = 0; i < batch.size(); ++i) {
-    const SeqId seq_id = batch.seq_ids[i];
+  for (const SeqId seq_id : batch.seq_ids) {
     if (seq_id < 0 || seq_id >= info_.num_slots) return false;
+    next_[static_cast<std::size_t>(seq_id)] = pos_max(seq_id) + 1;
+  }
+  for (std::size_t i = 0; i < batch.size(); ++i) {
     if (batch.tokens[i] < 0 || batch.tokens[i] >= info_.n_vocab) return false;
-    const Position expected = next.try_emplace(seq_id, pos_max(seq_id) + 1).first->second++;
+    const Position expected = next_[static_cast<std::size_t>(batch.seq_ids[i])]++;
     if (batch.positions[i] != expected || expected >= info_.cells_per_slot) return false;
   }
   return true;
 }
 
 void SimBackend::push_cell(SeqId seq_id, std::uint64_t prefix) {
-  cells(seq_id).push_back({next_cell_, prefix});
-  holders_[next_cell_++] = 1;
+  if (free_cells_.empty()) {
+    free_cells_.push_back(static_cast<std::uint32_t>(holders_.size()));
+    holders_.push_back(0);
+  }
+  const std::uint32_t id = free_cells_.back();
+  free_cells_.pop_back();
+  holders_[id] = 1;
+  cells(seq_id).push_back({prefix, id});
 }
 
 void SimBackend::release(const Cell& cell) {
-  const auto found = holders_.find(cell.id);
-  if (--found->second == 0) holders_.erase(found);
+  if (--holders_[cell.id] == 0) free_cells_.push_back(cell.id);
 }
 
 DecodeStatus SimBackend::decode(const MicroBatch& batch) {
   if (!is_valid(batch)) return DecodeStatus::kInvalidBatch;
   if (interrupted_.exchange(false)) return DecodeStatus::kInterrupted;
-  const auto free = static_cast<std::size_t>(info_.num_cells) - holders_.size();
-  if (info_.layout == KvLayout::kUnified && batch.size() > free) return DecodeStatus::kNoSlot;
+  if (!has_room_for(batch.size())) return DecodeStatus::kNoSlot;
 
-  const auto n_vocab = static_cast<std::size_t>(info_.n_vocab);
   row_of_index_.assign(batch.size(), -1);
-  logits_.resize(static_cast<std::size_t>(batch.num_outputs) * n_vocab);
+  logits_.resize(static_cast<std::size_t>(batch.num_outputs) * num_logits_);
   std::int32_t row = 0;
   double seconds = cost_.base_s + cost_.loose_row_s * static_cast<double>(batch.size() % 4);
   for (std::size_t i = 0; i < batch.size(); ++i) {
@@ -67,26 +75,25 @@ DecodeStatus SimBackend::decode(const MicroBatch& batch) {
                cost_.kv_token_s * static_cast<double>(held.size());
     if (batch.outputs[i] == 0) continue;
     row_of_index_[i] = row;
-    float* out = logits_.data() + static_cast<std::size_t>(row) * n_vocab;
-    for (std::size_t token = 0; token < n_vocab; ++token) {
+    float* out = logits_.data() + static_cast<std::size_t>(row) * num_logits_;
+    for (std::size_t token = 0; token < num_logits_; ++token) {
       out[token] = static_cast<float>(mix(prefix + token) >> 40) * 0x1p-21F;
     }
     row += 1;
   }
-  now_ = now_ + seconds;  // one writer: the engine thread
+  let_pass(seconds);
   return DecodeStatus::kOk;
 }
 
 const float* SimBackend::logits(std::int32_t index) {
   const auto i = static_cast<std::size_t>(index);
   if (index < 0 || i >= row_of_index_.size() || row_of_index_[i] < 0) return nullptr;
-  return logits_.data() +
-         static_cast<std::size_t>(row_of_index_[i]) * static_cast<std::size_t>(info_.n_vocab);
+  return logits_.data() + static_cast<std::size_t>(row_of_index_[i]) * num_logits_;
 }
 
 // One layer, in blocks of 256 cells as llama.cpp has them.
 AttentionShape SimBackend::attention_shape(const MicroBatch& batch) const {
-  std::size_t cells = holders_.size();
+  auto cells = static_cast<std::size_t>(num_cells_used());
   if (info_.layout == KvLayout::kStreams) {
     cells = 0;
     for (const SeqId seq_id : batch.seq_ids) {
@@ -146,18 +153,19 @@ std::size_t SimBackend::save(SeqId seq_id, std::span<std::uint8_t> into) {
     std::memcpy(into.data() + at, &cell.prefix, sizeof cell.prefix);
     at += sizeof cell.prefix;
   }
+  let_pass(cost_.copied_token_s * static_cast<double>(cells(seq_id).size()));
   return bytes;
 }
 
 bool SimBackend::restore(SeqId seq_id, std::span<const std::uint8_t> from) {
   const std::size_t count = from.size() / sizeof(std::uint64_t);
-  const auto free = static_cast<std::size_t>(info_.num_cells) - holders_.size();
-  if (!cells(seq_id).empty() || (info_.layout == KvLayout::kUnified && count > free)) return false;
+  if (!cells(seq_id).empty() || !has_room_for(count)) return false;
   for (std::size_t i = 0; i < count; ++i) {
     std::uint64_t prefix = 0;
     std::memcpy(&prefix, from.data() + i * sizeof prefix, sizeof prefix);
     push_cell(seq_id, prefix);
   }
+  let_pass(cost_.copied_token_s * static_cast<double>(count));
   return true;
 }
 

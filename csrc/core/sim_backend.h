@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <unordered_map>
 #include <vector>
 
 #include "core/backend.h"
@@ -21,11 +20,15 @@ struct SimCost {
   double decode_row_s = 3e-3;
   double kv_token_s = 0.0;   ///< per KV token that a row attends to
   double loose_row_s = 0.0;  ///< more for each row beyond a multiple of four
+  /// Per KV token that is copied to or from host memory; no part of a micro-batch.
+  double copied_token_s = 0.0;
 };
 
 class SimBackend : public Backend {
  public:
-  SimBackend(const BackendInfo& info, const SimCost& cost);
+  /// Rows of logits have `num_logits` tokens, as many as the engine's Vocab: with fewer than
+  /// info.n_vocab (0 = as many) prompts may be of any token, and sampling costs next to nothing.
+  SimBackend(const BackendInfo& info, const SimCost& cost, std::int32_t num_logits = 0);
 
   [[nodiscard]] const BackendInfo& info() const override { return info_; }
   DecodeStatus decode(const MicroBatch& batch) override;
@@ -48,28 +51,35 @@ class SimBackend : public Backend {
   }
   /// Distinct cells in use.
   [[nodiscard]] std::int32_t num_cells_used() const {
-    return static_cast<std::int32_t>(holders_.size());
+    return static_cast<std::int32_t>(holders_.size() - free_cells_.size());
   }
 
  private:
   struct Cell {
-    std::uint64_t id;      // cells with the same id are the same memory
     std::uint64_t prefix;  // hash of the tokens up to and including this one
+    std::uint32_t id;      // cells with the same id are the same memory
   };
 
-  [[nodiscard]] bool is_valid(const MicroBatch& batch) const;
+  [[nodiscard]] bool is_valid(const MicroBatch& batch);
+  [[nodiscard]] bool has_room_for(std::size_t count) const {
+    return info_.layout == KvLayout::kStreams ||
+           num_cells_used() + static_cast<std::int64_t>(count) <= info_.num_cells;
+  }
   [[nodiscard]] bool is_whole_only() const {
     return info_.memory == MemoryKind::kRecurrent || info_.memory == MemoryKind::kHybrid;
   }
   std::vector<Cell>& cells(SeqId seq_id) { return sequences_[static_cast<std::size_t>(seq_id)]; }
   void push_cell(SeqId seq_id, std::uint64_t prefix);
   void release(const Cell& cell);
+  void let_pass(double seconds) { now_ = now_ + seconds; }  // one writer: the engine thread
 
   BackendInfo info_;
   SimCost cost_;
+  std::size_t num_logits_;
   std::vector<std::vector<Cell>> sequences_;
-  std::unordered_map<std::uint64_t, std::int32_t> holders_;  // sequences that hold a cell
-  std::uint64_t next_cell_ = 0;
+  std::vector<std::int32_t> holders_;      // sequences that hold a cell, by its id
+  std::vector<std::uint32_t> free_cells_;  // ids that nobody holds
+  std::vector<Position> next_;             // scratch of is_valid(), by sequence
   std::vector<std::int32_t> row_of_index_;
   std::vector<float> logits_;
   std::atomic<double> now_{0.0};  // the clock of callers' threads too

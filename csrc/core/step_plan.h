@@ -36,10 +36,11 @@ struct PlannedMicroBatch {
 
 struct StepPlan {
   std::vector<Sequence*> preemptions;
-  std::vector<SeqId> evictions;  ///< cached slots to empty
+  std::vector<Sequence*> parked;  ///< those of them whose cells stay, as a cached prefix
+  std::vector<SeqId> evictions;   ///< cached slots to empty
   std::vector<Admission> admissions;
   std::vector<PlannedMicroBatch> micro_batches;
-  std::int32_t num_slot_preemptions = 0;  ///< of `preemptions`, for a better tier that waits
+  std::int32_t num_slot_preemptions = 0;  ///< of `preemptions`, for their slot and not for cells
 
   [[nodiscard]] bool empty() const {
     return preemptions.empty() && evictions.empty() && admissions.empty() && micro_batches.empty();

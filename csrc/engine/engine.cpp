@@ -43,6 +43,7 @@ Engine::Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vo
     }
   }
   state_.host.set_max_bytes(config.host_cache_bytes);
+  update_stats();
 }
 
 Engine::~Engine() { close(); }

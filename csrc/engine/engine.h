@@ -97,6 +97,9 @@ class Engine {
   /// True while a request has not reached its terminal state.
   [[nodiscard]] bool has_work() const { return num_open_ > 0; }
 
+  /// True after close(), and where it failed for good.
+  [[nodiscard]] bool is_closed() const { return closing_; }
+
   [[nodiscard]] EngineStats stats() const;
   [[nodiscard]] const BackendInfo& info() const { return state_.info; }
   /// The process that made it; in any other, an engine must be neither used nor destroyed.
@@ -158,7 +161,7 @@ class Engine {
   void sample_rows();
 
   // engine_memory.cpp: KV memory beside the decode calls.
-  void preempt(EngineSequence& sequence);
+  void preempt(EngineSequence& sequence, bool keeps_cells);
   void save(EngineSequence& sequence);
   void restore(EngineSequence& sequence);
   void drop_saved(EngineSequence& sequence);

@@ -8,10 +8,15 @@
 
 namespace batchcore {
 
-void Engine::preempt(EngineSequence& sequence) {
-  save(sequence);
-  backend_->remove(sequence.slot, 0, -1);
-  state_.kv.remove(sequence.slot);
+void Engine::preempt(EngineSequence& sequence, bool keeps_cells) {
+  if (keeps_cells && sequence.num_computed > 0) {
+    // It finds them again as any request finds its prefix, where nobody needed them meanwhile.
+    state_.kv.set_cached(sequence.slot);
+  } else {
+    save(sequence);
+    backend_->remove(sequence.slot, 0, -1);
+    state_.kv.remove(sequence.slot);
+  }
   std::erase(state_.running, &sequence);
   sequence.slot = -1;
   sequence.num_computed = 0;

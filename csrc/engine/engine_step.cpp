@@ -27,7 +27,11 @@ std::vector<RequestId> Engine::run_step() {
     finish_request(*head.request, FinishReason::kError,
                    std::make_exception_ptr(EngineError("the request can't be scheduled")));
   }
-  for (Sequence* sequence : plan.preemptions) preempt(of(sequence));
+  for (Sequence* sequence : plan.preemptions) {
+    const bool is_parked =
+        std::find(plan.parked.begin(), plan.parked.end(), sequence) != plan.parked.end();
+    preempt(of(sequence), is_parked);
+  }
   for (const SeqId slot : plan.evictions) evict(slot);
   for (const Admission& admission : plan.admissions) admit(admission);
   stats_.num_slot_preemptions += plan.num_slot_preemptions;
@@ -237,7 +241,7 @@ void Engine::handle_failure(std::span<const PlannedRows> rows, DecodeStatus stat
         sequence.num_preemptions < scheduler_.config().max_preemptions) {
       // Our account says that there is room, but some memories need more than it knows (windows
       // whose cells are shared). It goes on when others have ended.
-      preempt(sequence);
+      preempt(sequence, false);
       continue;
     }
     const int code = static_cast<int>(status);

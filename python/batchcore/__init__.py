@@ -25,6 +25,12 @@ from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
 from batchcore.policy import SchedulingPolicy, Tier
 from batchcore.profile import Profile
+from batchcore.replica import ReplicaStatus
+from batchcore.routed_request import RouterHandle
+from batchcore.router import Router
+from batchcore.router_prefix import PinnedPrefixes
+from batchcore.router_stats import ReplicaStats, RouterStats
+from batchcore.routing import LeastOutstanding, PrefixAware, ReplicaLoad, RoundRobin, RoutingPolicy
 from batchcore.stats import EngineStats, Histogram, LatencyStats, PaddingStats, TierStats
 from batchcore.submission import Submission
 
@@ -38,14 +44,25 @@ __all__ = [
     "FinishedRequest",
     "Histogram",
     "LatencyStats",
+    "LeastOutstanding",
     "Model",
     "PaddingStats",
     "PinnedPrefix",
+    "PinnedPrefixes",
+    "PrefixAware",
     "Profile",
+    "ReplicaLoad",
+    "ReplicaStats",
+    "ReplicaStatus",
     "RequestHandle",
     "RequestMetrics",
     "RequestOutput",
     "RequestPadding",
+    "RoundRobin",
+    "Router",
+    "RouterHandle",
+    "RouterStats",
+    "RoutingPolicy",
     "SamplingParams",
     "SchedulingPolicy",
     "StreamDelta",

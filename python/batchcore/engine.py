@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import operator
+import threading
 import time
 import warnings
 import weakref
@@ -37,6 +38,8 @@ __all__ = ["Engine"]
 
 # A thread that waits in C++ comes up this often to let Python handle signals such as Ctrl-C.
 _SIGNAL_CHECK_S = 0.2
+
+_observers_lock = threading.Lock()
 
 # Engines still open when the interpreter exits. Their threads must be gone before it tears down.
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -459,10 +462,16 @@ class Engine:
         It is called where the handle is used, so it should be quick; what it raises is logged.
         Returns a function that removes it.
         """
-        self._observers = (*self._observers, observer)
+        with _observers_lock:
+            self._observers = (*self._observers, observer)
+        reference = weakref.ref(self)
 
         def remove() -> None:
-            self._observers = tuple(one for one in self._observers if one is not observer)
+            engine = reference()
+            if engine is None:
+                return
+            with _observers_lock:
+                engine._observers = tuple(one for one in engine._observers if one is not observer)
 
         return remove
 
@@ -480,6 +489,11 @@ class Engine:
         for handle in live:
             handle._take()
         return [handle.output for handle in live]
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests for good: after `close`, or a failure of its own."""
+        return self._native.is_closed
 
     @property
     def has_work(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable
@@ -47,6 +48,8 @@ class FinishedRequest:
     """When, in seconds since the epoch."""
     error: BaseException | None
     """Why it failed, where it did."""
+    context: contextvars.Context | None = None
+    """The context variables of who handed it in; None where nobody observed the engine then."""
 
 
 Observer = Callable[[FinishedRequest], object]
@@ -72,6 +75,8 @@ class _Handle:
         self._channel = channel
         self._submission = submission
         self._submitted_at = time.time()
+        # For observers such as tracers, whose parent span is the one that was open at submit.
+        self._context = contextvars.copy_context() if engine._observers else None
         self._with_logprobs = submission.params.logprobs is not None
         self._error: BaseException | None = None
         self.id: int = channel.id
@@ -128,7 +133,11 @@ class _Handle:
     def _tell_observers(self) -> None:
         if not self._engine._observers:
             return
-        event = FinishedRequest(self._submission, self._output, self._submitted_at, self._error)
+        # Let go of here: a handle may be kept for longer than what its context refers to.
+        context, self._context = self._context, None
+        event = FinishedRequest(
+            self._submission, self._output, self._submitted_at, self._error, context
+        )
         for observer in self._engine._observers:
             _call(observer, event)
 

@@ -274,5 +274,89 @@ TEST_CASE("tier limits and reserves hold in every step, and everybody is served"
   for (const auto& channel : channels) CHECK(channel->is_finished());
 }
 
+// Two slots held by the second user (the empty name is the first), one by the first.
+std::unique_ptr<Scene> two_users() {
+  auto scene = std::make_unique<Scene>(KvLayout::kUnified, 64, 6);
+  WaitingQueue& waiting = scene->state.waiting;
+  const UserId flood = waiting.enter("flood");
+  waiting.enter("");
+  scene->runs(0, numbers(1, 3), 2).user = flood;
+  scene->runs(1, numbers(10, 3), 2);
+  scene->runs(2, numbers(20, 3), 2).user = flood;
+  waiting.charge(flood, 50.0);
+  return scene;
+}
+
+TEST_CASE("who has fewer slots gets one of who has most, and the cells of that one stay") {
+  const auto scene = two_users();
+  WaitingQueue& waiting = scene->state.waiting;
+  Sequence& quiet = scene->add({40, 41}, 4);
+  quiet.user = waiting.enter("quiet");
+  waiting.push(&quiet);
+  const StepPlan plan = scene->plan();
+  CHECK(plan.preemptions == std::vector<Sequence*>{scene->all[2].get()});
+  CHECK(plan.parked == plan.preemptions);
+  REQUIRE(plan.admissions.size() == 1);
+  CHECK(plan.admissions[0].slot == 3);  // not the one that is kept
+  CHECK(Scene::rows(plan.micro_batches.at(0)) == "1x1 2x1 4x2");
+  SUBCASE("not where others were served less") {
+    waiting.charge(quiet.user, 60.0);
+    CHECK(scene->plan().preemptions.empty());
+  }
+  SUBCASE("not from one that gave way too often") {
+    scene->all[2]->num_preemptions = scene->config.max_preemptions;
+    CHECK(scene->plan().preemptions == std::vector<Sequence*>{scene->all[0].get()});
+  }
+  SUBCASE("not where it would then have more") {
+    scene->all[1]->user = quiet.user;
+    CHECK(scene->plan().preemptions.empty());
+  }
+  SUBCASE("not of a better tier") {
+    quiet.rank.priority = 1;
+    CHECK(scene->plan().preemptions.empty());
+  }
+  SUBCASE("not where that is turned off") {
+    scene->config.preempt_for_slots = false;
+    CHECK(scene->plan().preemptions.empty());
+  }
+  SUBCASE("where there is no slot to keep the cells in, they are given up") {
+    for (SeqId slot = 3; slot < 6; ++slot) {
+      scene->caches(slot, numbers(50 + 3 * slot, 2), 1);
+      scene->state.pinned[static_cast<std::size_t>(slot)] = true;
+    }
+    const StepPlan tight = scene->plan();
+    CHECK(tight.preemptions == std::vector<Sequence*>{scene->all[2].get()});
+    CHECK(tight.parked.empty());
+    REQUIRE(tight.admissions.size() == 1);
+    CHECK(tight.admissions[0].slot == 2);
+  }
+}
+
+TEST_CASE("who gave way to another user goes on where it was, and computes nothing twice") {
+  SimOptions options;
+  options.num_slots = 8;
+  options.max_num_seqs = 2;
+  SimEngine sim(options);
+  const auto submit = [&](const std::string& user, Token token) {
+    RequestSpec spec = request({token, 2, 3, 4, 5, 6}, 20);
+    spec.sampling.ignore_eos = true;
+    spec.user = user;
+    return sim.engine.submit(std::move(spec));
+  };
+  std::vector<std::shared_ptr<RequestChannel>> channels;
+  for (Token token = 10; token < 14; ++token) channels.push_back(submit("flood", token));
+  for (int i = 0; i < 5; ++i) sim.engine.step();
+  channels.push_back(submit("quiet", 20));
+  sim.engine.step();
+  CHECK(sim.engine.stats().num_slot_preemptions == 1);
+  const EngineStats before = sim.engine.stats();
+  CHECK(before.num_saves == 0);
+  REQUIRE(sim.run());
+  const EngineStats after = sim.engine.stats();
+  CHECK(after.num_slot_preemptions == 1);
+  // Every prompt token and every output token but the last of each, once.
+  CHECK(after.num_prefill_tokens + after.num_decode_rows == 5 * (6 + 19));
+}
+
 }  // namespace
 }  // namespace batchcore

@@ -159,7 +159,7 @@ class _Driver:
                 request.prompt,
                 request.params,
                 priority=request.priority,
-                user=request.user,
+                user=request.user or "",
                 timeout=self._timeout,
             )
             async for delta in watch.handle:
