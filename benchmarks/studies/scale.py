@@ -24,7 +24,7 @@ RATE_PER_S = 1000.0
 DURATIONS_S = (60.0, 600.0, 3600.0)
 NUM_USERS = 1000
 FAST = SimDevice(
-    base_s=2e-3, prefill_token_s=4e-6, decode_row_s=8e-6, kv_token_s=1e-11, copied_token_s=1e-6
+    base_s=2e-3, prefill_token_s=2e-6, decode_row_s=8e-6, kv_token_s=1e-11, copied_token_s=1e-6
 )
 OPTIONS: SimEngineOptions = {
     "max_num_seqs": 256,
@@ -34,7 +34,7 @@ OPTIONS: SimEngineOptions = {
     "max_queued_tokens": 100_000_000,
 }
 LENGTHS: dict[str, Any] = {
-    "prompt_tokens": "lognormal:100:0.6:5:400",
+    "prompt_tokens": "lognormal:80:0.6:5:400",
     "output_tokens": "lognormal:28:0.6:2:200",
 }
 
