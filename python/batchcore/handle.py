@@ -74,6 +74,7 @@ class _Handle:
         self._engine = engine
         self._channel = channel
         self._submission = submission
+        self._was_told = False
         self._submitted_at = time.time()
         # For observers such as tracers, whose parent span is the one that was open at submit.
         self._context = contextvars.copy_context() if engine._observers else None
@@ -110,10 +111,16 @@ class _Handle:
         # Missing where __init__ did not get so far.
         output = getattr(self, "_output", None)
         if output is not None and not output.finished:
-            self._engine.abort(self.id)
-            for completion in output.outputs:
-                completion.finish_reason = completion.finish_reason or "cancelled"
-            self._tell_observers()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Nobody listens any more: a request that has not ended is cancelled, observers hear it."""
+        if self._output.finished:
+            return
+        self.cancel()
+        for completion in self._output.outputs:
+            completion.finish_reason = completion.finish_reason or "cancelled"
+        self._tell_observers()
 
     def _take(self) -> list[StreamDelta] | None:
         """Consume what is there; None where there is nothing new."""
@@ -131,8 +138,9 @@ class _Handle:
         return deltas
 
     def _tell_observers(self) -> None:
-        if not self._engine._observers:
+        if self._was_told or not self._engine._observers:
             return
+        self._was_told = True  # who left may come back for the rest
         # Let go of here: a handle may be kept for longer than what its context refers to.
         context, self._context = self._context, None
         event = FinishedRequest(
@@ -209,7 +217,7 @@ class RequestHandle(_Handle):
                 yield from self._wait() or ()
             self._raise_failure()
         finally:
-            self.cancel()
+            self._leave()
 
     def result(self) -> RequestOutput:
         """Wait for the end and return everything.
@@ -222,7 +230,7 @@ class RequestHandle(_Handle):
             while not self._output.finished:
                 self._wait()
         finally:
-            self.cancel()
+            self._leave()
         return self._result()
 
     def _wait(self) -> list[StreamDelta] | None:
@@ -260,7 +268,7 @@ class AsyncRequestHandle(_Handle):
                     yield delta
             self._raise_failure()
         finally:
-            self.cancel()
+            self._leave()
 
     def __await__(self) -> Generator[Any, None, RequestOutput]:
         """Wait for the end and return everything; cancelling the wait cancels the request.
@@ -277,7 +285,7 @@ class AsyncRequestHandle(_Handle):
             while not self._output.finished:
                 await self._next()
         finally:
-            self.cancel()
+            self._leave()
         return self._result()
 
     async def _next(self) -> list[StreamDelta] | None:
