@@ -187,6 +187,8 @@ void Engine::fail_all(const std::exception_ptr& error) {
   std::vector<EngineRequest*> open;
   open.reserve(requests_.size());
   for (const auto& [id, request] : requests_) open.push_back(request.get());
+  // In the order in which they came: so are they tried again elsewhere.
+  std::sort(open.begin(), open.end(), [](const auto* a, const auto* b) { return a->id < b->id; });
   for (EngineRequest* request : open) finish_request(*request, FinishReason::kError, error);
   publish();
 }
