@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import random
@@ -298,7 +299,7 @@ def test_tokens_that_nobody_has_seen_do_not_count(model):
             task = asyncio.ensure_future(waited)
             # Both of replica 0 have got tokens, which lie ready.
             while engine_of(router, 0).stats().num_generated_tokens < 8:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0)  # noqa: ASYNC110 - nobody sets an event for that
             await kill(router, 0)
             out = await task
             assert len(out.outputs[0].token_ids) == 1500
@@ -309,9 +310,11 @@ def test_tokens_that_nobody_has_seen_do_not_count(model):
             assert len(tokens) == 1500
             await until(router, lambda: states(router) == ["serving", "serving"])
             await kill(router, 1)
-            with pytest.raises(EngineClosedError):
+            # One that was seen fails, where it was not done by then.
+            with contextlib.suppress(EngineClosedError):
                 async for _ in seen:
                     pass
+            assert read.finished
 
     asyncio.run(main())
 
