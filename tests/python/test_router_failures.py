@@ -298,8 +298,8 @@ def test_tokens_that_nobody_has_seen_do_not_count(model):
             await anext(seen)
             task = asyncio.ensure_future(waited)
             # Both of replica 0 have got tokens, which lie ready.
-            while engine_of(router, 0).stats().num_generated_tokens < 8:
-                await asyncio.sleep(0)  # noqa: ASYNC110 - nobody sets an event for that
+            while engine_of(router, 0).stats().num_generated_tokens < 8:  # noqa: ASYNC110
+                await asyncio.sleep(0)
             await kill(router, 0)
             out = await task
             assert len(out.outputs[0].token_ids) == 1500
@@ -475,9 +475,9 @@ def test_a_retry_that_finds_no_room_and_one_that_is_out_of_time(model):
 
             fault.is_faulty = True
             task = asyncio.create_task(router.generate([5], SHORT, timeout=1e-3))
+            await asyncio.sleep(0)
+            time.sleep(0.01)  # noqa: ASYNC251 (its time must pass before it fails)
             with pytest.raises(RequestTimeoutError) as raised:
-                await asyncio.sleep(0)
-                time.sleep(0.01)  # noqa: ASYNC251 (its time must pass before it fails)
                 await task
             assert raised.value.output.outputs[0].finish_reason == "timeout"
 
