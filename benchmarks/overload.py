@@ -1,5 +1,4 @@
-"""Twenty thousand requests at four times what the machine can serve: is anything lost, or slow to
-be refused?
+"""Twenty thousand requests at four times what the machine can serve: what becomes of them?
 
 Requests of many users and all tiers arrive at random times through an event loop, some with
 timeouts, against a bounded queue. Every one must end in exactly one way; a refusal must come at

@@ -125,7 +125,9 @@ class Study:
     def finish(self, draw: Callable[[], Figure] | None) -> None:
         """Write the figures, with the time that they took and where, and the plot."""
         environment = describe_environment()
+        # The second one says what it takes where others use the machine too.
         self.document["wall_s"] = round(time.perf_counter() - self._start, 1)
+        self.document["cpu_s"] = round(time.process_time(), 1)
         self.document["machine"] = {
             name: environment[name]
             for name in ("command", "time", "cpu", "num_usable_cores", "load_average_1min")
@@ -136,7 +138,9 @@ class Study:
             (self.options.out / f"{self.name}.png").write_bytes(plot.png)
         text = json.dumps(self.document, indent=1, allow_nan=False)
         (self.options.out / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
-        Console().print(f"{self.name}: {self.document['wall_s']} s wall time")
+        Console().print(
+            f"{self.name}: {self.document['wall_s']} s wall, {self.document['cpu_s']} s CPU"
+        )
 
 
 def new_figure(

@@ -6,9 +6,9 @@
 namespace batchcore {
 namespace {
 
-// In streams, idle slots between busy ones that are cheaper filled than cut out: a second call
-// costs as much as six rows.
-constexpr std::int32_t kMaxGap = 6;
+// In streams, idle slots between busy ones that are filled rather than cut out, until the step cost
+// says what a second call takes in rows.
+constexpr std::int32_t kUsualGap = 3;
 
 }  // namespace
 
@@ -60,7 +60,8 @@ void Planner::find_fillable() {
 // llama.cpp cuts a batch over streams wherever the ids have a gap, and reads all weights once
 // more for each piece.
 void Planner::bridge_gap(PlannedMicroBatch& batch, SeqId before, SeqId after) {
-  if (after - before - 1 > kMaxGap) return;
+  const std::int32_t gap = after - before - 1;
+  if (state_.cost.is_ready() ? !state_.cost.is_cheaper_than_a_call(gap) : gap > kUsualGap) return;
   for (SeqId slot = before + 1; slot < after; ++slot) {
     if (fillable(slot) == 0) return;
   }

@@ -29,6 +29,12 @@ class StepCost {
   /// Seconds that one more prefill token adds.
   [[nodiscard]] double seconds_per_prefill_token() const;
 
+  /// Whether `rows` more decode rows, which attend to nothing, take no longer than a call of its
+  /// own.
+  [[nodiscard]] bool is_cheaper_than_a_call(std::int32_t rows) const {
+    return rows * coefficients()[2] <= coefficients()[0];
+  }
+
   /// [a, b, c, d] in seconds, for stats.
   [[nodiscard]] std::array<double, 4> coefficients() const;
 
