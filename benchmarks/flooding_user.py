@@ -45,10 +45,11 @@ async def others(
         assert output.metrics.ttft_s is not None
         found.append(output.metrics.ttft_s)
 
-    async with asyncio.TaskGroup() as tasks:
-        for prompt in prompts:
-            tasks.create_task(ask(prompt, "" if one_name else rng.choice(USERS)))
-            await asyncio.sleep(rng.expovariate(rate))
+    tasks = []
+    for prompt in prompts:
+        tasks.append(asyncio.create_task(ask(prompt, "" if one_name else rng.choice(USERS))))
+        await asyncio.sleep(rng.expovariate(rate))
+    await asyncio.gather(*tasks)
     return found
 
 
@@ -58,14 +59,16 @@ async def flood(engine: bc.AsyncEngine, prompts: list[list[int]], one_name: bool
     await asyncio.gather(*(engine.generate(prompt, PARAMS, user=user) for prompt in prompts))
 
 
-async def run(model: Model, options: Any, seed: int, how: str, rate: float) -> list[float]:
-    """One run; `how` is alone, fair or fifo."""
+async def run(
+    model: Model, options: Any, seed: int, how: str, load: float, rate: float
+) -> list[float]:
+    """One run; `how` is alone, fair or fifo, `rate` is `load` in requests per second."""
     prompts = [
         distinct_prompt(model, seed * 10_000 + i, PROMPT_TOKENS) for i in range(options.requests)
     ]
     flooding = [
         distinct_prompt(model, seed * 10_000 + 5000 + i, PROMPT_TOKENS)
-        for i in range(int(1.3 * options.requests / options.load))  # so that it lasts
+        for i in range(int(1.3 * options.requests / load))  # so that it lasts
     ]
     async with bc.AsyncEngine(model, max_num_seqs=options.slots, n_ctx=8192) as engine:
         await engine.generate(prompts[0][:16], PARAMS)
@@ -111,38 +114,49 @@ def main() -> None:
     """Run all on each model and print medians over rounds."""
     parser = make_parser(__doc__, ["smollm2-135m", "gemma3-270m"])
     parser.add_argument("--requests", type=int, default=40, help="of the four, per run")
-    parser.add_argument("--load", type=float, default=0.3, help="of the four, in parts of capacity")
+    parser.add_argument(
+        "--load",
+        type=float,
+        nargs="*",
+        default=[0.3, 0.6],
+        help="of the four, in parts of capacity",
+    )
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rows, costs = [], []
     for model in models(options):
         name = model.path.rsplit("/", 1)[-1]
-        rate = options.load * capacity(model, options)
-        waits: dict[str, list[list[float]]] = {"alone": [], "fair": [], "fifo": []}
-        pairs = []
-        for seed in range(options.rounds):
-            for how, found in waits.items():
-                found.append(asyncio.run(run(model, options, seed, how, rate)))
-            pairs.append(pile(model, options, seed, True) / pile(model, options, seed, False))
-        for how, found in waits.items():
-            p95 = [float(np.percentile(one, 95)) for one in found]
+        whole = capacity(model, options)
+        for load in options.load:
+            waits: dict[str, list[list[float]]] = {"alone": [], "fair": [], "fifo": []}
+            for seed in range(options.rounds):
+                for how, found in waits.items():
+                    found.append(asyncio.run(run(model, options, seed, how, load, load * whole)))
             alone = [float(np.percentile(one, 95)) for one in waits["alone"]]
-            rows.append(
-                {
-                    "model": name,
-                    "run": how,
-                    "p50 ttft ms": 1e3 * statistics.median(x for one in found for x in one),
-                    "p95 ttft ms": 1e3 * statistics.median(p95),
-                    "p95 / alone": statistics.median(
-                        a / b for a, b in zip(p95, alone, strict=True)
-                    ),
-                    "requests/s of the four": rate,
-                }
-            )
+            for how, found in waits.items():
+                p95 = [float(np.percentile(one, 95)) for one in found]
+                ratios = [a / b for a, b in zip(p95, alone, strict=True)]
+                rows.append(
+                    {
+                        "model": name,
+                        "load of the four": load,
+                        "run": how,
+                        "p50 ttft ms": 1e3 * statistics.median(x for one in found for x in one),
+                        "p95 ttft ms": 1e3 * statistics.median(p95),
+                        "p95 / alone": statistics.median(ratios),
+                        "from": min(ratios),
+                        "to": max(ratios),
+                    }
+                )
+        pairs = [
+            pile(model, options, seed, True) / pile(model, options, seed, False)
+            for seed in range(options.rounds)
+        ]
         costs.append(
             {
                 "model": name,
+                "capacity, requests/s": whole,
                 "fair / first come": statistics.median(pairs),
                 "from": min(pairs),
                 "to": max(pairs),

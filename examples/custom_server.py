@@ -75,6 +75,8 @@ def to_http(error: Exception) -> tuple[str, dict[str, object]]:
         return "503 Service Unavailable", {"Retry-After": 5}
     if isinstance(error, RefusedError):
         return str(error).partition(":")[0], {}
+    if isinstance(error, asyncio.TimeoutError):
+        return "408 Request Timeout", {}
     if isinstance(error, (ValueError, TypeError, LookupError, asyncio.LimitOverrunError)):
         return "400 Bad Request", {}
     return "500 Internal Server Error", {}
@@ -95,9 +97,9 @@ class Server:
             try:
                 user, body = await asyncio.wait_for(self._read(reader), READ_TIMEOUT_S)
                 answer = asyncio.create_task(self._generate(writer, user, body))
-                gone = asyncio.create_task(reader.read(1))  # ends when the client hangs up
+                gone = asyncio.create_task(reader.read(1))  # ends when they hang up
                 await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-                answer.cancel()  # unless it is done; and with it the request, wherever it is
+                answer.cancel()  # unless it is done; and with it the request
                 gone.cancel()
                 await asyncio.gather(answer, gone, return_exceptions=True)
                 if not answer.cancelled():
@@ -124,14 +126,15 @@ class Server:
         return self._accounts.by_key[key].user, body
 
     async def _generate(self, writer: asyncio.StreamWriter, user: str, body: Any) -> None:
-        prompt, timeout = body["prompt"], body.get("timeout", 60.0)
         params = bc.SamplingParams(max_tokens=body.get("max_tokens", 64))
+        handle = await self._engine.submit(
+            body["prompt"], params, user=user, timeout=body.get("timeout", 60.0)
+        )
         if not body.get("stream"):
-            out = await self._engine.generate(prompt, params, user=user, timeout=timeout)
-            await send(writer, "200 OK", {}, text=json.dumps({"text": out.text}))
+            await send(writer, "200 OK", {}, text=json.dumps({"text": (await handle).text}))
             return
-        deltas = self._engine.stream(prompt, params, user=user, timeout=timeout)
-        async with contextlib.aclosing(deltas):
+        deltas = aiter(handle)
+        try:
             delta = await anext(deltas)  # until then, what goes wrong can still have a status
             if delta.finish_reason == "timeout":
                 raise errors.RequestTimeoutError("the request was not finished within its timeout")
@@ -140,11 +143,12 @@ class Server:
             with contextlib.suppress(errors.EngineError, StopAsyncIteration):
                 while True:
                     line = json.dumps({"text": delta.text, "finish_reason": delta.finish_reason})
-                    writer.write(f"{len(line) + 1:x}\r\n{line}\n\r\n".encode())  # ASCII
+                    end = "0\r\n\r\n" if delta.finish_reason not in (None, "error") else ""
+                    writer.write(f"{len(line) + 1:x}\r\n{line}\n\r\n{end}".encode())  # ASCII
                     await writer.drain()  # a slow client holds back nobody else
-                    if delta.finish_reason is not None:
-                        writer.write(b"0\r\n\r\n")
                     delta = await anext(deltas)
+        finally:
+            handle.cancel()
 
 
 async def send(

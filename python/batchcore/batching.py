@@ -48,10 +48,16 @@ def plan_batches(
         raise ConfigError("order is for batching='continuous': use bucketing with 'static'")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-    buckets = bucketize([len(prompt) for prompt in tokens], bucketing)
+    return cut_batches([len(prompt) for prompt in tokens], batch_size, bucketing)
+
+
+def cut_batches(
+    lengths: Sequence[int], batch_size: int, bucketing: Bucketing | None
+) -> list[list[int]]:
+    """Indices in static batches of at most `batch_size`, none of which spans two buckets."""
     return [
         list(bucket[first : first + batch_size])
-        for bucket in buckets
+        for bucket in bucketize(lengths, bucketing)
         for first in range(0, len(bucket), batch_size)
     ]
 

@@ -137,6 +137,25 @@ def test_a_request_that_fails_ends_the_run_and_leaves_nothing_behind(engine):
     assert engine.stats().num_running == engine.stats().num_waiting == 0
 
 
+def test_static_batches_may_be_cut_by_length(engine):
+    lengths = [len(engine.tokenize(text)) for text in TEXTS]
+    started: list[int] = []
+    run_static(
+        engine,
+        TEXTS,
+        PARAMS,
+        batch_size=2,
+        bucketing="sorted",
+        on_delta=lambda index, _: started.append(index) if index not in started else None,
+    )
+    order = sorted(range(len(TEXTS)), key=lambda index: lengths[index])
+    assert [set(started[:2]), set(started[2:4]), set(started[4:])] == [
+        set(order[:2]),
+        set(order[2:4]),
+        set(order[4:]),
+    ]
+
+
 def test_misuse_is_refused(engine):
     with pytest.raises(ConfigError, match="batch_size"):
         run_static(engine, TEXTS, batch_size=0)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchcore.async_engine import AsyncEngine
+from batchcore.batching import cut_batches
 from batchcore.errors import ConfigError
 from batchcore.params import SamplingParams
 from batchcore.submission import as_params
@@ -26,6 +27,7 @@ from batchcore.submission import as_params
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
+    from batchcore.batching import Bucketing
     from batchcore.engine import Engine
     from batchcore.outputs import RequestOutput, StreamDelta
     from batchcore.submission import Prompt
@@ -163,10 +165,14 @@ def run_static(
     params: Params = None,
     *,
     batch_size: int,
+    bucketing: Bucketing | None = None,
     on_delta: OnDelta | None = None,
 ) -> RunResult:
-    """Run batches of `batch_size`: the next is handed in when all of the one before have ended."""
-    return _run("static", engine, prompts, params, batch_size, on_delta)
+    """Run batches of `batch_size`: the next is handed in when all of the one before have ended.
+
+    `bucketing` groups prompts by length before batches are cut, as in `Engine.generate`.
+    """
+    return _run("static", engine, prompts, params, batch_size, on_delta, bucketing)
 
 
 def run_continuous(
@@ -220,13 +226,16 @@ def _run(
     params: Params,
     batch_size: int,
     on_delta: OnDelta | None,
+    bucketing: Bucketing | None = None,
 ) -> RunResult:
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     jobs = list(zip(prompts, as_params(params, len(prompts)), strict=True))
+    lengths = [len(engine.tokenize(prompt)) for prompt in prompts] if bucketing else [0] * len(jobs)
+    batches = cut_batches(lengths, batch_size, bucketing)
     result = RunResult(mode, num_requests=len(jobs))
     try:
-        asyncio.run(_run_batches(engine, jobs, batch_size, result, on_delta))
+        asyncio.run(_run_batches(engine, jobs, batches, result, on_delta))
     except KeyboardInterrupt:
         result.interrupted = True
     result.requests.sort(key=lambda request: request.index)
@@ -236,7 +245,7 @@ def _run(
 async def _run_batches(
     engine: Engine,
     jobs: Sequence[tuple[Prompt, SamplingParams]],
-    batch_size: int,
+    batches: Sequence[Sequence[int]],
     result: RunResult,
     on_delta: OnDelta | None,
 ) -> None:
@@ -255,8 +264,7 @@ async def _run_batches(
             result.requests.append(RequestResult(index, handle.output, ttft_s, latency_s))
 
         try:
-            for first in range(0, len(jobs), batch_size):
-                indices = range(first, min(first + batch_size, len(jobs)))
+            for indices in batches:
                 await _run_together([run_one(index) for index in indices])
         finally:
             result.total_s = time.perf_counter() - start
