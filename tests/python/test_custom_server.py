@@ -167,11 +167,11 @@ def test_a_client_that_hangs_up_cancels_its_request(example, model, stream):
     async def main():
         ended = asyncio.Event()
         events = []
-        async with Serving(example, model) as serving:
+        async with Serving(example, model, max_queued_requests=1) as serving:
             serving.engine.add_observer(lambda event: (events.append(event), ended.set()))
             serving.engine.pause()
             _, writer = await serving.send({"prompt": [5], "max_tokens": 2000, "stream": stream})
-            while await serving.engine.wait_for_capacity(10_000_000 - 1, timeout=0.01):
+            while await serving.engine.wait_for_capacity(timeout=0.01):
                 pass  # until it has been handed in
             writer.close()
             await asyncio.wait_for(ended.wait(), 60)

@@ -218,11 +218,7 @@ def test_a_running_decode_is_cut_short_when_its_only_request_is_cancelled(smollm
     with bc.Engine(smollm2, max_num_seqs=2, n_ctx=2048, n_ubatch=1024) as engine:
         for _ in range(20):
             handle = engine.submit(prompt, greedy(4))
-            while engine.stats().num_running == 0 and not handle.finished:
-                time.sleep(0.001)
-                if engine.stats().num_waiting == 0:
-                    break
-            time.sleep(0.05)
+            time.sleep(0.05)  # most likely inside its call, which takes much longer
             handle.cancel()
             assert handle.result().outputs[0].finish_reason in ("cancelled", "length")
             if engine.stats().num_interrupts > 0:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchcore import _core
+from batchcore.engine_options import usable_cores
 
 if TYPE_CHECKING:
     from batchcore.model import Model
@@ -26,7 +27,7 @@ def describe_environment() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "num_cores": os.cpu_count(),
-        "num_usable_cores": _num_usable_cores(),
+        "num_usable_cores": usable_cores(),
         # What others did to the machine meanwhile; None where the system doesn't say.
         "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "devices": _core.devices(),
@@ -65,12 +66,6 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _num_usable_cores() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _cpu_name() -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -135,7 +133,7 @@ def run_lab(
         "model": _more_of(model, described),
         "config": {
             **plan["config"],
-            "command": shlex.join(sys.orig_argv),
+            "command": environment["command"],
             "calibration": plan["rates"],
             "estimated_s": plan["estimated_s"],
             "prefix_caching": False,
