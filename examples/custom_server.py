@@ -123,6 +123,8 @@ class Server:
         if not 0 <= length <= MAX_BODY_BYTES:
             raise RefusedError(f"413 Content Too Large: at most {MAX_BODY_BYTES} bytes")
         body = json.loads(await reader.readexactly(length))
+        if not isinstance(body, dict):
+            raise ValueError("the body must be a JSON object")
         return self._accounts.by_key[key].user, body
 
     async def _generate(self, writer: asyncio.StreamWriter, user: str, body: Any) -> None:

@@ -118,9 +118,10 @@ class _Handle:
         if self._output.finished:
             return
         self.cancel()
-        for completion in self._output.outputs:
-            completion.finish_reason = completion.finish_reason or "cancelled"
-        self._tell_observers()
+        if self._engine._observers and not self._was_told:
+            for completion in self._output.outputs:
+                completion.finish_reason = completion.finish_reason or "cancelled"
+            self._tell_observers()
 
     def _take(self) -> list[StreamDelta] | None:
         """Consume what is there; None where there is nothing new."""
