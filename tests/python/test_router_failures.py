@@ -100,7 +100,7 @@ def break_down(router, index, error=None):
 def test_a_replica_killed_under_load(model):
     prompts = [[5, 6, 7 + index] for index in range(24)]
     params = bc.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    endless = bc.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    endless = bc.SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
     options = {"max_num_seqs": 4, "n_ctx": 2048, "n_threads": 1}
     with bc.Engine(model, **options) as engine:
         expected = [out.text for out in engine.generate(prompts, params)]
@@ -118,12 +118,14 @@ def test_a_replica_killed_under_load(model):
             doomed = router.replicas[0].outstanding_requests
             assert doomed == 2
             tails = [asyncio.create_task(consume(stream)) for stream in streams]
+            router.pause()  # so that the others still wait when it happens
             handles = [await router.submit(prompt, params) for prompt in prompts[:12]]
             tasks = [asyncio.create_task(router.generate(one, params)) for one in prompts[12:]]
             tasks = [*map(asyncio.ensure_future, handles), *tasks]
             await asyncio.sleep(0)  # all are handed in
             assert router.stats().num_open == 28
             await kill(router, 0)
+            router.resume()
             outs = await asyncio.gather(*tasks)
             assert [out.text for out in outs] == expected
             assert all(out.metrics.latency_s >= out.metrics.ttft_s for out in outs)
@@ -137,9 +139,9 @@ def test_a_replica_killed_under_load(model):
 
             await until(router, lambda: states(router) == ["serving", "serving"])
             stats = router.stats()
-            assert stats.num_retries >= 1  # those that were not done by then
+            assert stats.num_retries >= 10
             assert [one.status.rebuilds for one in stats.replicas] == [1, 0]
-            assert stats.replicas[0].status.failures >= 3  # two streams, and a retry
+            assert stats.replicas[0].status.failures >= 12
             again = await asyncio.gather(*(router.generate(one, params) for one in prompts[:4]))
             assert [out.text for out in again] == expected[:4]
             assert engine_of(router, 0).stats().num_finished["length"] >= 2
