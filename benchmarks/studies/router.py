@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from batchcore.lab.plot_style import plain
-from batchcore.routing import LeastOutstanding, PrefixAware, RoundRobin
+from batchcore.routing.policies import LeastOutstanding, PrefixAware, RoundRobin
 from batchcore.simulation import SimRequest, SimulatedEngine, Trace, prompt_token_ids
 from common import GPU, PALETTE, Study, legend_below, log_scale, new_figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from batchcore.routing import RoutingPolicy
+    from batchcore.routing.policies import RoutingPolicy
     from batchcore.simulation import SimEngineOptions
     from matplotlib.figure import Figure
 

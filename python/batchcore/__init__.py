@@ -25,12 +25,18 @@ from batchcore.params import SamplingParams
 from batchcore.pinned import PinnedPrefix
 from batchcore.policy import SchedulingPolicy, Tier
 from batchcore.profile import Profile
-from batchcore.replica import ReplicaStatus
-from batchcore.routed_request import RouterHandle
-from batchcore.router import Router
-from batchcore.router_prefix import PinnedPrefixes
-from batchcore.router_stats import ReplicaStats, RouterStats
-from batchcore.routing import LeastOutstanding, PrefixAware, ReplicaLoad, RoundRobin, RoutingPolicy
+from batchcore.routing.policies import (
+    LeastOutstanding,
+    PrefixAware,
+    ReplicaLoad,
+    RoundRobin,
+    RoutingPolicy,
+)
+from batchcore.routing.prefix import PinnedPrefixes
+from batchcore.routing.replica import ReplicaStatus
+from batchcore.routing.routed_request import RouterHandle
+from batchcore.routing.router import Router
+from batchcore.routing.stats import ReplicaStats, RouterStats
 from batchcore.stats import EngineStats, Histogram, LatencyStats, PaddingStats, TierStats
 from batchcore.submission import Submission
 

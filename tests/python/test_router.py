@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import batchcore as bc
 import pytest
-from batchcore import routed_request
 from batchcore.errors import (
     ConfigError,
     EngineClosedError,
@@ -19,8 +18,9 @@ from batchcore.errors import (
     QueueFullError,
     RequestTimeoutError,
 )
-from batchcore.replica_devices import Device, default_devices, find_device, threads_of
-from batchcore.routed_request import RoutedRequest
+from batchcore.routing import routed_request
+from batchcore.routing.devices import Device, default_devices, find_device, threads_of
+from batchcore.routing.routed_request import RoutedRequest
 from batchcore.testing import synthetic_gguf
 
 ONE = bc.SamplingParams(max_tokens=1, ignore_eos=True)

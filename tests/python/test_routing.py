@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from batchcore.errors import ConfigError, EngineError
-from batchcore.routing import (
+from batchcore.routing.policies import (
     LeastOutstanding,
     PrefixAware,
     ReplicaLoad,

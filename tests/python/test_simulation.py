@@ -7,7 +7,7 @@ import pytest
 from batchcore import SchedulingPolicy, Tier
 from batchcore.bench.metrics import Slo
 from batchcore.errors import ConfigError, InvalidRequestError, PromptTooLongError
-from batchcore.routing import ReplicaLoad
+from batchcore.routing.policies import ReplicaLoad
 from batchcore.simulation import (
     SimDevice,
     SimRequest,

@@ -10,7 +10,7 @@ import numpy as np
 from batchcore import _core, engine_options
 from batchcore.errors import ConfigError, InvalidRequestError
 from batchcore.policy import SchedulingPolicy, check_user, encode_user
-from batchcore.routing import ReplicaLoad
+from batchcore.routing.policies import ReplicaLoad
 from batchcore.simulation.result import Sample, SimResult
 from batchcore.simulation.trace import Trace
 from batchcore.stats import EngineStats

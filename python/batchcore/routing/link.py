@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from batchcore import _core
 from batchcore.errors import RequestTimeoutError
 from batchcore.policy import encode_user
-from batchcore.routing import ReplicaLoad
+from batchcore.routing.policies import ReplicaLoad
 from batchcore.submission import _to_native
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from batchcore.replica_link import EngineLink
+    from batchcore.routing.link import EngineLink
 
 __all__ = ["PinnedPrefixes"]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import weakref
 
     from batchcore.outputs import RequestOutput
-    from batchcore.replica_link import Attempt, Update
+    from batchcore.routing.link import Attempt, Update
     from batchcore.submission import Submission
 
 __all__ = ["RoutedRequest", "RouterHandle"]

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from batchcore.errors import DecodeError, EngineClosedError, EngineError, QueueFullError
 from batchcore.params import SamplingParams
-from batchcore.replica_link import EngineLink
+from batchcore.routing.link import EngineLink
 from batchcore.submission import Submission
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from batchcore.engine import Engine
-    from batchcore.replica_link import Attempt, Update
-    from batchcore.routing import ReplicaLoad
+    from batchcore.routing.link import Attempt, Update
+    from batchcore.routing.policies import ReplicaLoad
     from batchcore.stats import EngineStats
 
 __all__ = ["Recovery", "Replica", "ReplicaState", "ReplicaStatus"]

@@ -7,15 +7,15 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from batchcore.errors import EngineClosedError, EngineError, QueueFullError
-from batchcore.routing import PrefixAware
+from batchcore.routing.policies import PrefixAware
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchcore.replica import Replica
-    from batchcore.replica_link import Update
-    from batchcore.routed_request import RoutedRequest
-    from batchcore.routing import RoutingPolicy
+    from batchcore.routing.link import Update
+    from batchcore.routing.policies import RoutingPolicy
+    from batchcore.routing.replica import Replica
+    from batchcore.routing.routed_request import RoutedRequest
 
 __all__ = ["Dispatcher"]
 

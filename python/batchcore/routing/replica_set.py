@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from batchcore.async_engine import AsyncEngine
 from batchcore.engine import Engine
 from batchcore.errors import ConfigError, EngineClosedError, EngineError
-from batchcore.replica import Recovery, Replica
-from batchcore.replica_devices import EngineBuilder
+from batchcore.routing.devices import EngineBuilder
+from batchcore.routing.replica import Recovery, Replica
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
     from batchcore.model import Model
-    from batchcore.replica_link import EngineLink
-    from batchcore.router_prefix import PinnedPrefixes
-    from batchcore.routing import RoutingPolicy
+    from batchcore.routing.link import EngineLink
+    from batchcore.routing.policies import RoutingPolicy
+    from batchcore.routing.prefix import PinnedPrefixes
 
 __all__ = ["EngineSources", "ReplicaSet"]
 

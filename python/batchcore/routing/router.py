@@ -12,13 +12,13 @@ from batchcore.engine_options import check_not_negative, check_positive
 from batchcore.errors import ConfigError, EngineClosedError, EngineError
 from batchcore.params import SamplingParams
 from batchcore.policy import check_timeout, check_user
-from batchcore.replica import Recovery
-from batchcore.replica_set import EngineSources, ReplicaSet
-from batchcore.routed_request import RoutedRequest, RouterHandle
-from batchcore.router_dispatch import Dispatcher
-from batchcore.router_prefix import PinnedPrefixes
-from batchcore.router_stats import RouterStats
-from batchcore.routing import policy_of
+from batchcore.routing.dispatch import Dispatcher
+from batchcore.routing.policies import policy_of
+from batchcore.routing.prefix import PinnedPrefixes
+from batchcore.routing.replica import Recovery
+from batchcore.routing.replica_set import EngineSources, ReplicaSet
+from batchcore.routing.routed_request import RoutedRequest, RouterHandle
+from batchcore.routing.stats import RouterStats
 from batchcore.submission import Submission
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from batchcore.handle import Observer
     from batchcore.model import Model
     from batchcore.outputs import RequestOutput, StreamDelta
-    from batchcore.replica import ReplicaStatus
-    from batchcore.routing import RoutingPolicy
+    from batchcore.routing.policies import RoutingPolicy
+    from batchcore.routing.replica import ReplicaStatus
     from batchcore.submission import AdmissionHook, Prompt
 
 __all__ = ["Router"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchcore.replica import counters_of
+from batchcore.routing.replica import counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Self
 
-    from batchcore.replica import Replica, ReplicaStatus
-    from batchcore.router_dispatch import Dispatcher
+    from batchcore.routing.dispatch import Dispatcher
+    from batchcore.routing.replica import Replica, ReplicaStatus
     from batchcore.stats import EngineStats
 
 __all__ = ["ReplicaStats", "RouterStats"]
