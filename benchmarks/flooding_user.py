@@ -1,7 +1,8 @@
 """One user floods an engine that others use now and then: how long do the others wait?
 
-Four users send requests at random times, together a part of what the machine can serve. Three runs
-per round, all with the same requests and times of the four: alone; with a fifth user who hands in
+Four users send requests at random times, together a part of what the machine can serve, or each one
+as soon as the answer to the one before is there. Three runs per round, all with the same requests
+and times of the four: alone; with a fifth user who hands in
 everything at once at the start; and the same with everybody under one name, which is first come,
 first served. Then what fairness costs: a pile of requests of eight users and the same pile of one,
 in pairs.
@@ -45,10 +46,19 @@ async def others(
         assert output.metrics.ttft_s is not None
         found.append(output.metrics.ttft_s)
 
+    async def ask_in_turn(user: str, mine: list[list[int]]) -> None:
+        for prompt in mine:
+            await ask(prompt, user)
+
     tasks = []
-    for prompt in prompts:
-        tasks.append(asyncio.create_task(ask(prompt, "" if one_name else rng.choice(USERS))))
-        await asyncio.sleep(rng.expovariate(rate))
+    if rate > 0:
+        for prompt in prompts:
+            tasks.append(asyncio.create_task(ask(prompt, "" if one_name else rng.choice(USERS))))
+            await asyncio.sleep(rng.expovariate(rate))
+    else:
+        for number, user in enumerate(USERS):
+            mine = prompts[number :: len(USERS)]
+            tasks.append(asyncio.create_task(ask_in_turn("" if one_name else user, mine)))
     await asyncio.gather(*tasks)
     return found
 
@@ -68,7 +78,7 @@ async def run(
     ]
     flooding = [
         distinct_prompt(model, seed * 10_000 + 5000 + i, PROMPT_TOKENS)
-        for i in range(int(1.3 * options.requests / load))  # so that it lasts
+        for i in range(int(1.3 * options.requests / (load or 0.5)))  # so that it lasts
     ]
     async with bc.AsyncEngine(model, max_num_seqs=options.slots, n_ctx=8192) as engine:
         await engine.generate(prompts[0][:16], PARAMS)
@@ -118,8 +128,8 @@ def main() -> None:
         "--load",
         type=float,
         nargs="*",
-        default=[0.3, 0.6],
-        help="of the four, in parts of capacity",
+        default=[0, 0.3, 0.6],
+        help="of the four, in parts of capacity; 0: each sends one request after another",
     )
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -140,7 +150,7 @@ def main() -> None:
                 rows.append(
                     {
                         "model": name,
-                        "load of the four": load,
+                        "load of the four": load or "in turn",
                         "run": how,
                         "p50 ttft ms": 1e3 * statistics.median(x for one in found for x in one),
                         "p95 ttft ms": 1e3 * statistics.median(p95),
