@@ -87,8 +87,8 @@ class Engine {
   void pause();
   /// Ends pause() and drain().
   void resume();
-  /// Until resume() every submit throws EngineClosedError; what was submitted before goes on, paused
-  /// or not.
+  /// Until resume() every submit throws EngineClosedError; what was submitted before goes on,
+  /// paused or not.
   void drain();
 
   /// Runs one step on the calling thread (only without start()); returns the requests with news.
