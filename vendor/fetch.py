@@ -41,8 +41,23 @@ PARTS = (
     "vendor/sheredom",
     "vendor/stb",
 )
+# Upstream's own programs, for BATCHCORE_BUILD_PEERS.
+PROGRAM_PARTS = (
+    "common",
+    "examples",
+    "pocs",
+    "scripts/ui-assets.cmake",
+    "tools",
+    "vendor/cpp-httplib",
+)
 # Present in every usable tree; checked so that a broken one is named before CMake stumbles over it.
 LANDMARKS = ("CMakeLists.txt", "include/llama.h", "src/CMakeLists.txt", "ggml/CMakeLists.txt")
+PROGRAM_LANDMARKS = (
+    "common/CMakeLists.txt",
+    "examples/CMakeLists.txt",
+    "tools/CMakeLists.txt",
+    "scripts/ui-assets.cmake",
+)
 
 
 class FetchError(Exception):
@@ -191,34 +206,43 @@ def verify(sdist: Path, lock: Lock, remedy: str) -> None:
         )
 
 
-def unpack(sdist: Path, lock: Lock, target: Path) -> None:
+def unpack(sdist: Path, lock: Lock, target: Path, *, programs: bool = False) -> None:
     """Unpack what the build needs into `target`, which appears complete or not at all."""
+    parts = PARTS + PROGRAM_PARTS if programs else PARTS
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".populate-", dir=target.parent) as folder:
         tree = Path(folder) / "llama.cpp"
         with tarfile.open(sdist) as archive:
             for member in archive:
-                name = wanted(member)
+                name = wanted(member, parts)
                 if name is not None:
                     write_member(archive, member, tree / name)
-        missing = [name for name in LANDMARKS if not (tree / name).is_file()]
+        missing = missing_landmarks(tree, programs=programs)
         if missing:
             raise FetchError(f"{sdist} carries no usable llama.cpp: {', '.join(missing)} missing.")
         (tree / STAMP).write_text(lock.sha256 + "\n", encoding="utf-8")
         try:
             tree.rename(target)
         except OSError:
-            if not is_populated(target, lock):  # else another build was quicker, which is as good
+            # Else another build was quicker, which is as good.
+            if not is_populated(target, lock, programs=programs):
                 raise
 
 
-def wanted(member: tarfile.TarInfo) -> str | None:
+def missing_landmarks(tree: Path, *, programs: bool) -> list[str]:
+    """What shows that a tree is incomplete."""
+    names = LANDMARKS + PROGRAM_LANDMARKS if programs else LANDMARKS
+    return [name for name in names if not (tree / name).is_file()]
+
+
+def wanted(member: tarfile.TarInfo, wanted_parts: tuple[str, ...]) -> str | None:
     """The member's path inside llama.cpp, if it is a file we build with."""
     parts = PurePosixPath(member.name).parts
     if not member.isfile() or parts[1:3] != ("vendor", "llama.cpp") or ".." in parts:
         return None
     name = "/".join(parts[3:])
-    return name if any(name == part or name.startswith(part + "/") for part in PARTS) else None
+    is_wanted = any(name == part or name.startswith(part + "/") for part in wanted_parts)
+    return name if is_wanted else None
 
 
 def write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
@@ -231,15 +255,17 @@ def write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) 
     os.utime(path, (member.mtime, member.mtime))
 
 
-def is_populated(target: Path, lock: Lock) -> bool:
-    """Whether this script filled `target` from the sdist that is pinned now."""
+def is_populated(target: Path, lock: Lock, *, programs: bool = False) -> bool:
+    """Whether this script filled `target` from the sdist that is pinned now, with the programs."""
     stamp = target / STAMP
-    return stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == lock.sha256
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8").strip() != lock.sha256:
+        return False
+    return not programs or not missing_landmarks(target, programs=True)
 
 
-def check_tree(tree: Path, origin: str, remedy: str) -> Path:
+def check_tree(tree: Path, origin: str, remedy: str, *, programs: bool = False) -> Path:
     """Raise unless `tree` looks like llama.cpp."""
-    missing = [name for name in LANDMARKS if not (tree / name).is_file()]
+    missing = missing_landmarks(tree, programs=programs)
     if missing:
         raise FetchError(
             f"{origin} {tree} is not a complete llama.cpp: {missing[0]} is missing.\n  {remedy}"
@@ -247,7 +273,9 @@ def check_tree(tree: Path, origin: str, remedy: str) -> Path:
     return tree
 
 
-def populate(lock: Lock, target: Path, fallback: Path, sdist: Path | None = None) -> Path:
+def populate(
+    lock: Lock, target: Path, fallback: Path, sdist: Path | None = None, *, programs: bool = False
+) -> Path:
     """Return a llama.cpp tree, making it at `target` if it is not there.
 
     A tree without our stamp belongs to the user and is used as it is. `fallback` is for a `target`
@@ -257,17 +285,26 @@ def populate(lock: Lock, target: Path, fallback: Path, sdist: Path | None = None
         target.rmdir()  # what git leaves of a removed checkout
     if target.exists() and not (target / STAMP).is_file():
         return check_tree(
-            target, "the folder", f"Delete {target} and build again: it will be populated anew."
+            target,
+            "the folder",
+            f"Delete {target} and build again: it will be populated anew.",
+            programs=programs,
         )
-    if is_populated(target, lock):
-        return check_tree(target, "the populated folder", f"Delete {target} and build again.")
+    if is_populated(target, lock, programs=programs):
+        return check_tree(
+            target,
+            "the populated folder",
+            f"Delete {target} and build again.",
+            programs=programs,
+        )
     if not os.access(target.parent, os.W_OK):
         target = fallback
-        if is_populated(target, lock):
+        if is_populated(target, lock, programs=programs):
             return target
+    archive = get_sdist(lock, sdist)
     if target.exists():
-        shutil.rmtree(target)  # ours, from an older pin
-    unpack(get_sdist(lock, sdist), lock, target)
+        shutil.rmtree(target)  # ours, from an older pin or without the programs
+    unpack(archive, lock, target, programs=programs)
     return target
 
 
@@ -331,6 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         help="use this sdist instead of a download (BATCHCORE_LLAMA_CPP_SDIST)",
     )
+    one.add_argument("--programs", action="store_true", help="with upstream's own programs")
     two = commands.add_parser("bump", help="move the pin")
     two.add_argument("version")
     two.add_argument("--commit", help="upstream commit, if the sdist does not carry it")
@@ -347,9 +385,12 @@ def main(arguments: list[str] | None = None) -> int:
                 options.dir.resolve(),
                 "BATCHCORE_LLAMA_CPP_DIR",
                 "Point it at a llama.cpp checkout.",
+                programs=options.programs,
             )
         else:
-            tree = populate(lock, options.target, options.fallback, options.sdist)
+            tree = populate(
+                lock, options.target, options.fallback, options.sdist, programs=options.programs
+            )
         print(f"{tree};{commit_of(tree, lock)}")
     except (FetchError, OSError, tarfile.TarError) as error:
         print(error, file=sys.stderr)

@@ -86,6 +86,32 @@ def test_only_what_is_built_is_unpacked(fetch, sdist, target):
     assert [p.name for p in target.parent.iterdir()] == ["llama.cpp"]  # no scratch folder stays
 
 
+PROGRAMS = {
+    "common/CMakeLists.txt": "",
+    "examples/CMakeLists.txt": "",
+    "tools/CMakeLists.txt": "",
+    "scripts/ui-assets.cmake": "",
+}
+
+
+def test_upstreams_programs_are_added_when_they_are_asked_for(fetch, target, tmp_path):
+    sdist = make_sdist(tmp_path / "programs.tar.gz", TREE | PROGRAMS)
+    lock = lock_for(fetch, sdist)
+    fetch.populate(lock, target, target, sdist)
+    assert not (target / "tools").exists()
+    fetch.populate(lock, target, target, sdist, programs=True)
+    assert all((target / name).is_file() for name in PROGRAMS)
+    assert (target / "vendor/cpp-httplib/CMakeLists.txt").is_file()
+    sdist.unlink()
+    fetch.populate(lock, target, target)  # a build without them takes the tree as it is
+    assert (target / "tools").exists()
+
+
+def test_sdist_without_upstreams_programs(fetch, sdist, target):
+    with pytest.raises(fetch.FetchError, match=r"common/CMakeLists\.txt"):
+        fetch.populate(lock_for(fetch, sdist), target, target, sdist, programs=True)
+
+
 def test_second_time_touches_nothing(fetch, sdist, target):
     lock = lock_for(fetch, sdist)
     fetch.populate(lock, target, target, sdist)
