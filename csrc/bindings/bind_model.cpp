@@ -160,6 +160,7 @@ void bind_model(py::module_& m) {
       .def_property_readonly("n_params", &LlamaModel::n_params)
       .def_property_readonly("size_bytes", &LlamaModel::size_bytes)
       .def_property_readonly("n_ctx_train", &LlamaModel::n_ctx_train)
+      .def_property_readonly("uses_gpu", &LlamaModel::uses_gpu)
       .def_property_readonly("n_embd", &LlamaModel::n_embd)
       .def_property_readonly("n_embd_out", &LlamaModel::n_embd_out)
       .def_property_readonly("n_layer", &LlamaModel::n_layer)

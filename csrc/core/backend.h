@@ -21,6 +21,9 @@ struct BackendInfo {
   std::int32_t n_ubatch = 0;        ///< tokens of one decode call at most
   std::int32_t max_outputs = 0;     ///< rows with logits of one decode call at most
   std::int32_t window = 0;  ///< positions that a sliding-window memory surely keeps, 0 = all
+  /// Unified: from this many rows on, a call computes attention between all of its sequences, as if
+  /// they were one; 0 = never.
+  std::int32_t attention_tile = 0;
   KvLayout layout = KvLayout::kUnified;
   MemoryKind memory = MemoryKind::kAttention;
 };

@@ -12,8 +12,9 @@ namespace {
 // (docs/design.md has the measurement).
 constexpr std::int32_t kMinChunkLatency = 16;
 constexpr std::int32_t kMinChunkBalanced = 64;
-// Steps with prefill may take this multiple of a step without, where no target is given.
-constexpr double kDefaultSlowdown = 2.5;
+// Steps with prefill may take this multiple of a step that decodes everybody who runs or waits for
+// a free place, where no target is given.
+constexpr double kDefaultSlowdown = 4.0;
 
 }  // namespace
 
@@ -154,13 +155,26 @@ std::int32_t Planner::prefill_budget() const {
   StepWork work{0, rows, 0};
   for (const Sequence* sequence : decoding_) work.kv_tokens += sequence->num_tokens();
   const double alone = state_.cost.seconds(work);
-  double target = config_.target_itl_s > 0 ? config_.target_itl_s : alone * kDefaultSlowdown;
+  double target =
+      config_.target_itl_s > 0 ? config_.target_itl_s : usual_step(work) * kDefaultSlowdown;
   // Steps that prompts fill up to the target would tell it that no sequence more fits.
   if (config_.adaptive) target *= BatchSizeController::kGrowsBelow;
   const double per_token = state_.cost.seconds_per_prefill_token();
   const double left = per_token > 0 ? (target - alone) / per_token : most;
   const auto chunk = static_cast<std::int32_t>(std::clamp(left, 0.0, static_cast<double>(most)));
   return whole_groups(std::clamp(chunk, floor, most), unified_ ? rows : 0);
+}
+
+// Seconds of a step once everybody who has or gets a place decodes. Few decode while many prompts
+// wait: a multiple of their own short step would keep the batch small for long.
+double Planner::usual_step(const StepWork& now) const {
+  const auto num_waiting = static_cast<std::int32_t>(
+      std::min<std::size_t>(state_.waiting.size(), static_cast<std::size_t>(config_.max_num_seqs)));
+  StepWork full;
+  full.decode_rows =
+      std::max(std::min(num_sequences_ + num_waiting, config_.max_num_seqs), now.decode_rows);
+  full.kv_tokens = now.kv_tokens / now.decode_rows * full.decode_rows;
+  return state_.cost.seconds(full);
 }
 
 // As many of the next pending tokens as the budget and the cells allow; 0 where none.

@@ -68,6 +68,7 @@ class Planner : private PlanDraft {
   void choose_decoding(bool in_lock_step);
   [[nodiscard]] std::int32_t whole_groups(std::int32_t count, std::int32_t others) const;
   [[nodiscard]] std::int32_t prefill_budget() const;
+  [[nodiscard]] double usual_step(const StepWork& now) const;
   std::int32_t plan_chunk(Sequence* sequence, std::int32_t num_computed, bool may_preempt);
   void continue_prefill();
 
@@ -100,6 +101,7 @@ class Planner : private PlanDraft {
 
   // planner_shapes.cpp: which calls.
   void build_micro_batches();
+  [[nodiscard]] std::int32_t most_joint_rows() const;
   void add_decoding();
   void find_fillable();
   std::uint8_t& fillable(SeqId slot) { return fillable_[static_cast<std::size_t>(slot)]; }

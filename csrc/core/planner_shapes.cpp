@@ -15,28 +15,41 @@ constexpr std::int32_t kUsualGap = 3;
 void Planner::build_micro_batches() {
   find_fillable();
   if (!decoding_.empty()) add_decoding();
+  auto num_rows = static_cast<std::int32_t>(decoding_.size());
+  for (const PlannedRows& rows : prefill_) num_rows += rows.count;
+  bool is_apart = plan_.micro_batches.empty() || num_rows > most_joint_rows();
   for (const PlannedRows& rows : prefill_) {
     // Unified: one call for all, prefill rows ride along in the matrix products of the decode
-    // rows. Streams are split into rectangles, so that a prompt beside others only makes more,
-    // smaller calls: each prompt gets its own.
-    if (plan_.micro_batches.empty() || !unified_) plan_.micro_batches.emplace_back();
+    // rows, unless that makes attention dear. Streams are split into rectangles, so that a prompt
+    // beside others only makes more, smaller calls: each prompt gets its own.
+    if (std::exchange(is_apart, false) || !unified_) plan_.micro_batches.emplace_back();
     plan_.micro_batches.back().rows.push_back(rows);
   }
   for (PlannedMicroBatch& batch : plan_.micro_batches) complete_row_groups(batch);
 }
 
+// Rows of several sequences that one call takes at most before their attention becomes dear.
+std::int32_t Planner::most_joint_rows() const {
+  const std::int32_t tile = unified_ ? state_.info.attention_tile : 0;
+  return tile > 0 ? std::max(tile - RowShapes::kGroup, 1) : state_.info.n_ubatch;
+}
+
 void Planner::add_decoding() {
-  PlannedMicroBatch batch;
   std::sort(decoding_.begin(), decoding_.end(),
             [this](const Sequence* a, const Sequence* b) { return slot_of(a) < slot_of(b); });
+  const auto count = static_cast<std::int32_t>(decoding_.size());
+  const std::int32_t num_calls = (count + most_joint_rows() - 1) / most_joint_rows();
+  const std::int32_t per_call = RowShapes::next_group((count + num_calls - 1) / num_calls);
   SeqId before = -1;
-  for (Sequence* sequence : decoding_) {
+  for (std::int32_t i = 0; i < count; ++i) {
+    if (i % per_call == 0) plan_.micro_batches.emplace_back();
+    PlannedMicroBatch& batch = plan_.micro_batches.back();
+    Sequence* sequence = decoding_[static_cast<std::size_t>(i)];
     const SeqId slot = slot_of(sequence);
     if (!unified_ && before >= 0) bridge_gap(batch, before, slot);
     batch.rows.push_back({sequence, 1});
     before = slot;
   }
-  plan_.micro_batches.push_back(std::move(batch));
 }
 
 // A dummy row may go where it can be taken back: on an empty slot, or behind a prefix of a memory
@@ -87,7 +100,7 @@ void Planner::complete_row_groups(PlannedMicroBatch& batch) {
   if (wanted == 0 || outputs + wanted > state_.info.max_outputs) return;
   if (outputs < count) {
     batch.num_extra_outputs = std::min(wanted, count - outputs);
-  } else if (count + wanted <= state_.info.n_ubatch) {
+  } else if (count + wanted <= most_joint_rows()) {
     add_fillers(batch, wanted);
     std::sort(batch.filler_slots.begin(), batch.filler_slots.end());
   }

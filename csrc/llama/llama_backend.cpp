@@ -27,6 +27,18 @@ ContextParams one_micro_batch_per_call(ContextParams params) {
   return params;
 }
 
+// ggml's flash attention on a CPU goes row by row over the cells that the row attends to, and from
+// 64 rows on over tiles of rows, each with the cells that any of its rows attends to
+// (ggml-cpu/ops.cpp, ggml_fa_tile_config). It has tiles for caches that are not quantised.
+std::int32_t attention_tile(const LlamaModel& model, const ContextParams& params) {
+  constexpr std::int32_t kTileRows = 64;
+  const bool has_tiles =
+      params.type_k == params.type_v && (params.type_k == "f16" || params.type_k == "f32");
+  const bool is_flash = params.flash_attn != FlashAttention::kOff;
+  const bool is_on_gpu = params.offload_kqv && model.uses_gpu();
+  return has_tiles && is_flash && !is_on_gpu ? kTileRows : 0;
+}
+
 }  // namespace
 
 void LlamaBackend::BatchDeleter::operator()(llama_batch_ext* batch) const {
@@ -45,6 +57,7 @@ LlamaBackend::LlamaBackend(std::shared_ptr<const LlamaModel> model, const Contex
       .n_ubatch = effective.n_ubatch,
       .max_outputs = effective.max_outputs,
       .window = model_->n_swa(),  // full-size windows too reuse cells that are masked
+      .attention_tile = attention_tile(*model_, effective),
       .layout = effective.layout,
       .memory = model_->memory_kind(),
   };

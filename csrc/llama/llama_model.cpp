@@ -1,5 +1,6 @@
 #include "llama/llama_model.h"
 
+#include <ggml-backend.h>
 #include <llama.h>
 
 #include <algorithm>
@@ -222,6 +223,15 @@ bool LlamaModel::has_decoder() const { return llama_model_has_decoder(model_); }
 bool LlamaModel::is_recurrent() const { return llama_model_is_recurrent(model_); }
 bool LlamaModel::is_hybrid() const { return llama_model_is_hybrid(model_); }
 bool LlamaModel::is_diffusion() const { return llama_model_is_diffusion(model_); }
+
+bool LlamaModel::uses_gpu() const {
+  if (params_.n_gpu_layers == 0) return false;
+  for (std::size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+    const auto type = ggml_backend_dev_type(ggml_backend_dev_get(i));
+    if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) return true;
+  }
+  return false;
+}
 
 MemoryKind LlamaModel::memory_kind() const {
   if (is_diffusion() || contains(kWithoutMemory, architecture())) return MemoryKind::kNone;

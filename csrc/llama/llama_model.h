@@ -91,6 +91,9 @@ class LlamaModel {
   [[nodiscard]] bool is_diffusion() const;
   [[nodiscard]] MemoryKind memory_kind() const;
 
+  /// Whether layers are in GPU memory.
+  [[nodiscard]] bool uses_gpu() const;
+
   /// First position that a learned position table has no entry for; INT32_MAX where there is none.
   [[nodiscard]] Position position_limit() const;
 

@@ -1,6 +1,5 @@
 #include "llama/memory_guard.h"
 
-#include <ggml-backend.h>
 #include <ggml.h>
 
 #include <charconv>
@@ -27,15 +26,6 @@ std::uint64_t available_bytes() {
     std::getline(file, unit);
   }
   return 0;
-}
-
-bool uses_gpu(const LlamaModel& model, const ContextParams& params) {
-  if (!params.offload_kqv || model.params().n_gpu_layers == 0) return false;
-  for (std::size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-    const auto type = ggml_backend_dev_type(ggml_backend_dev_get(i));
-    if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) return true;
-  }
-  return false;
 }
 
 double bytes_per_value(const std::string& type_name) {
@@ -77,7 +67,7 @@ double bytes_per_cell(const LlamaModel& model, const ContextParams& params) {
 void check_host_memory(const LlamaModel& model, const ContextParams& params) {
   const double cells = params.n_ctx;
   double needed = cells * kBytesOfCellMetadata;
-  if (!uses_gpu(model, params)) needed += cells * bytes_per_cell(model, params);
+  if (!params.offload_kqv || !model.uses_gpu()) needed += cells * bytes_per_cell(model, params);
   const auto available = static_cast<double>(available_bytes());
   if (available == 0 || needed <= available) return;
   const auto gib = [](double bytes) {

@@ -103,12 +103,13 @@ class Engine:
             n_ubatch: Tokens per decode call at most; 512 where nothing is said.
             kv_layout: `unified`: one pool of cells, prefixes are shared without a copy. `streams`:
                 a fixed part per sequence, which decodes faster on a CPU, but wastes what a sequence
-                does not use and caps its length. `auto`, the default, is `unified` with prefix
-                caching, else `streams`.
+                does not use and caps its length. `auto`, the default, is `streams` without prefix
+                caching, and on a CPU where `n_ctx` has room for `max_num_seqs` sequences of
+                `max_sequence_tokens`; else `unified`.
             prefix_caching: Reuse the cells of requests that start with the same tokens.
             prefill_policy: How much prompts may slow down sequences that decode.
             target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
-                with a prompt take 2.5 times as long as one without.
+                with a prompt take 4 times as long as one in which everybody decodes.
             max_wait_ms: How long an idle engine holds requests back for its batch to fill; with
                 continuous batching whoever comes next joins at the next step anyway.
             policy: Tiers, fair share between users, bounds per user, shedding.
@@ -164,7 +165,13 @@ class Engine:
         self.model = model if isinstance(model, Model) else Model(model, n_gpu_layers=n_gpu_layers)
         """The model it runs."""
         if kv_layout == "auto":
-            kv_layout = "unified" if prefix_caching else "streams"
+            kv_layout = engine_options.layout_for(
+                on_cpu=not (offload_kqv and self.model._native.uses_gpu),
+                memory_kind=self.model._native.memory_kind,
+                prefix_caching=prefix_caching,
+                cells_per_sequence=n_ctx // num_seqs,
+                max_sequence_tokens=max_sequence_tokens,
+            )
         self.kv_layout = kv_layout
         """The KV layout in use."""
         self.max_num_seqs = num_seqs

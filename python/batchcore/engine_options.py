@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from batchcore.errors import ConfigError
 
@@ -54,6 +54,26 @@ def sequences_that_run(max_num_seqs: object, n_ctx: int) -> int:
     if max_num_seqs > MAX_SLOTS:
         raise ConfigError(f"max_num_seqs must be at most {MAX_SLOTS}, not {max_num_seqs}")
     return max_num_seqs
+
+
+def layout_for(
+    *,
+    on_cpu: bool,
+    memory_kind: str,
+    prefix_caching: bool,
+    cells_per_sequence: int,
+    max_sequence_tokens: int | None,
+) -> Literal["unified", "streams"]:
+    """The KV layout to take where the user leaves the choice.
+
+    Streams are faster on a CPU (docs/design.md has figures), but only as long as a sequence's part:
+    they are taken where they can't turn anybody away.
+    """
+    if not prefix_caching:
+        return "streams"
+    fits = max_sequence_tokens is not None and max_sequence_tokens <= cells_per_sequence
+    is_plain = memory_kind in {"attention", "sliding_window"}
+    return "streams" if on_cpu and is_plain and fits else "unified"
 
 
 def num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool, most: int) -> int:

@@ -297,6 +297,60 @@ TEST_CASE("calls get the number of rows that is known to be faster") {
   CHECK(batch.num_extra_outputs == 1);
 }
 
+TEST_CASE("sequences are kept apart where attention between them would be computed too") {
+  Scene scene(KvLayout::kUnified, 4096, 24);
+  scene.state.info.max_outputs = 24;
+  scene.state.info.n_ubatch = 512;
+  scene.state.info.attention_tile = 16;
+  scene.config.max_num_seqs = 24;
+  scene.runs(0, numbers(1, 4), 3);
+  scene.runs(1, numbers(1, 4), 3);
+  SUBCASE("a short prompt rides along with who decodes") {
+    scene.waits(numbers(30, 8));
+    const StepPlan plan = scene.plan();
+    REQUIRE(plan.micro_batches.size() == 1);
+    CHECK(Scene::rows(plan.micro_batches[0]) == "1x1 2x1 3x8");
+  }
+  SUBCASE("long ones get a call of their own") {
+    scene.waits(numbers(30, 20));
+    scene.waits(numbers(60, 10));
+    const StepPlan plan = scene.plan();
+    REQUIRE(plan.micro_batches.size() == 2);
+    CHECK(Scene::rows(plan.micro_batches[0]) == "1x1 2x1");
+    CHECK(Scene::rows(plan.micro_batches[1]) == "3x20 4x10");
+  }
+  SUBCASE("who decodes is split evenly") {
+    for (SeqId slot = 2; slot < 18; ++slot) scene.runs(slot, numbers(40 * slot, 4), 3);
+    const StepPlan plan = scene.plan();
+    REQUIRE(plan.micro_batches.size() == 2);
+    CHECK(plan.micro_batches[0].rows.size() == 12);
+    CHECK(plan.micro_batches[1].rows.size() == 6);
+  }
+  SUBCASE("streams know no such thing") {
+    scene.state.info.layout = KvLayout::kStreams;
+    for (SeqId slot = 2; slot < 18; ++slot) scene.runs(slot, numbers(40 * slot, 4), 3);
+    CHECK(scene.plan().micro_batches.size() == 1);
+  }
+}
+
+TEST_CASE("a prompt's chunk is sized for the batch that builds up, not for the few who decode") {
+  Scene scene(KvLayout::kStreams, 16 * 4096, 16);
+  scene.state.info.n_ubatch = 512;
+  scene.config.max_num_seqs = 16;
+  for (int i = 0; i < 400; ++i) {  // a call 2 ms, a prompt token 1 ms, a decode row 10 ms
+    const int rows = 1 + i % 8;
+    const int prefill = i % 2 == 0 ? 0 : 16 * (1 + i % 5);
+    scene.state.cost.observe({prefill, rows, 0}, 0.002 + 0.001 * prefill + 0.010 * rows);
+  }
+  scene.runs(0, numbers(1, 4), 3);
+  scene.waits(numbers(10, 600));
+  // Two will decode: 4 x 22 ms, less the 12 ms of who decodes now.
+  CHECK(Scene::rows(scene.plan().micro_batches.at(1)) == "2x76");
+  for (Token first = 1000; first < 3000; first += 1000) scene.waits(numbers(first, 600));
+  // Four will: 4 x 42 ms less 12 ms.
+  CHECK(Scene::rows(scene.plan().micro_batches.at(1)) == "2x156");
+}
+
 TEST_CASE("gaps between busy streams are bridged by dummy rows, as far as that pays") {
   Scene scene(KvLayout::kStreams, 160, 16);
   scene.runs(1, numbers(1, 4), 3);
