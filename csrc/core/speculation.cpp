@@ -115,10 +115,10 @@ DraftOffer make_offer(const Draft& draft, std::int32_t kv_tokens, const DraftRat
 std::int32_t most_drafts(const Sequence& sequence, const BackendInfo& info, std::int32_t wanted) {
   if (info.memory == MemoryKind::kRecurrent || info.memory == MemoryKind::kHybrid) return 0;
   const std::int32_t size = sequence.num_tokens();
-  std::int32_t most = std::min(
+  // Sliding windows need no limit: a call takes only cells that its first row no longer sees, so
+  // that a memory which is cut back to any of its rows still holds the window behind it.
+  const std::int32_t most = std::min(
       {wanted, kMaxDrafts, sequence.max_tokens_total - size - 1, info.cells_per_slot - size});
-  // A draft beyond the first window pushes out cells that the tokens before it still need.
-  if (info.window > 0) most = std::min(most, info.window - size);
   return std::max(most, 0);
 }
 

@@ -103,7 +103,7 @@ TEST_CASE(
       }
     }
   }
-  CHECK(found > 3000);
+  CHECK(found > 2000);
   CHECK(missed < found / 5);
 }
 
