@@ -21,9 +21,7 @@ using testing::SimOptions;
 using Tokens = std::vector<Token>;
 
 SimOptions drafting(SimOptions options, std::int32_t most) {
-  options.adjust = [most](EngineConfig& config) {
-    config.scheduler.num_speculative_tokens = most;
-  };
+  options.adjust = [most](EngineConfig& config) { config.scheduler.num_speculative_tokens = most; };
   return options;
 }
 
@@ -207,8 +205,7 @@ TEST_CASE("memories that can't be cut back, and static batches, are left alone")
     CHECK(drafted.stats.num_generated_tokens == 180);
   }
   SimEngine sim(drafting(cheap_rows(), 5));
-  const auto channels =
-      sim.engine.submit_all(std::vector<RequestSpec>(2, repetitive(1, 60)), true);
+  const auto channels = sim.engine.submit_all(std::vector<RequestSpec>(2, repetitive(1, 60)), true);
   REQUIRE(sim.run());
   CHECK(collect(*channels[0]).completions.at(0).token_ids.size() == 60);
   CHECK(sim.engine.stats().num_draft_tokens == 0);

@@ -308,7 +308,7 @@ FAMILIES: tuple[Family | HistogramFamily, ...] = (
     _labelled(
         "computed_rows_total",
         "counter",
-        "Rows computed: of prompts (prefill), of sequences that decode with their drafts, or filler.",
+        "Rows computed: prompt tokens (prefill), decoding sequences and drafts (decode), filler.",
         "kind",
         lambda s: {
             "prefill": s.num_prefill_tokens,
