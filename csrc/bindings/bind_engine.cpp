@@ -29,6 +29,7 @@ ContextParams context_params(const py::dict& options) {
   params.n_ctx = get("n_ctx").cast<std::int32_t>();
   params.num_slots = get("num_slots").cast<std::int32_t>();
   params.n_ubatch = get("n_ubatch").cast<std::int32_t>();
+  params.max_outputs = get("max_outputs").cast<std::int32_t>();
   params.n_threads = get("n_threads").cast<std::int32_t>();
   params.n_threads_batch = get("n_threads_batch").cast<std::int32_t>();
   params.layout =

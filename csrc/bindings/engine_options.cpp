@@ -58,6 +58,7 @@ EngineConfig engine_config(const py::dict& options) {
   config.scheduler.preempt_for_slots = get("preempt_for_slots").cast<bool>();
   config.scheduler.max_wait_s = get("max_wait_s").cast<double>();
   config.scheduler.adaptive = get("adaptive").cast<bool>();
+  config.scheduler.num_speculative_tokens = get("num_speculative_tokens").cast<std::int32_t>();
   config.scheduler.tier_limits = tier_limits(get("tier_limits"));
   config.scheduler.queue = queue_config(options);
   config.num_sampler_threads = get("num_sampler_threads").cast<std::int32_t>();

@@ -56,6 +56,7 @@ py::dict to_dict(const EngineStats& s) {
       "num_interrupts"_a = s.num_interrupts, "num_rows"_a = s.num_rows,
       "num_prompt_tokens"_a = s.num_prompt_tokens, "num_prefill_tokens"_a = s.num_prefill_tokens,
       "num_decode_rows"_a = s.num_decode_rows, "num_cached_tokens"_a = s.num_cached_tokens,
+      "num_draft_tokens"_a = s.num_draft_tokens, "num_accepted_tokens"_a = s.num_accepted_tokens,
       "num_generated_tokens"_a = s.num_generated_tokens, "num_preemptions"_a = s.num_preemptions,
       "num_saves"_a = s.num_saves, "num_evictions"_a = s.num_evictions,
       "num_decode_failures"_a = s.num_decode_failures, "num_rebuilds"_a = s.num_rebuilds,

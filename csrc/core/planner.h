@@ -105,12 +105,21 @@ class Planner : private PlanDraft {
   void add_decoding();
   void find_fillable();
   std::uint8_t& fillable(SeqId slot) { return fillable_[static_cast<std::size_t>(slot)]; }
+  [[nodiscard]] bool is_fillable(SeqId slot) const {
+    return fillable_[static_cast<std::size_t>(slot)] != 0;
+  }
   void bridge_gap(PlannedMicroBatch& batch, SeqId before, SeqId after);
   void add_filler(PlannedMicroBatch& batch, SeqId slot);
+  [[nodiscard]] std::int32_t fillers_wanted(const PlannedMicroBatch& batch,
+                                            std::int32_t rows) const;
   void complete_row_groups(PlannedMicroBatch& batch);
   [[nodiscard]] std::int32_t pending_after_admission(const Sequence* sequence) const;
-  void add_fillers(PlannedMicroBatch& batch, std::int32_t wanted);
+  [[nodiscard]] std::vector<SeqId> slots_to_fill(const PlannedMicroBatch& batch,
+                                                 std::int32_t wanted) const;
   [[nodiscard]] SeqId slot_of(const Sequence* sequence) const;
+
+  // planner_drafts.cpp: rows for tokens that are only guessed.
+  void add_drafts();
 
   [[nodiscard]] bool is_removed(SeqId slot) const {
     return std::find(removed_.begin(), removed_.end(), slot) != removed_.end();

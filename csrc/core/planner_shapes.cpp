@@ -15,6 +15,7 @@ constexpr std::int32_t kUsualGap = 3;
 void Planner::build_micro_batches() {
   find_fillable();
   if (!decoding_.empty()) add_decoding();
+  add_drafts();
   auto num_rows = static_cast<std::int32_t>(decoding_.size());
   for (const PlannedRows& rows : prefill_) num_rows += rows.count;
   bool is_apart = plan_.micro_batches.empty() || num_rows > most_joint_rows();
@@ -92,18 +93,33 @@ void Planner::add_filler(PlannedMicroBatch& batch, SeqId slot) {
 void Planner::complete_row_groups(PlannedMicroBatch& batch) {
   auto count = static_cast<std::int32_t>(batch.filler_slots.size());
   std::int32_t outputs = count;
+  bool has_drafts = false;
   for (const PlannedRows& rows : batch.rows) {
-    count += rows.count;
+    count += rows.count + rows.num_drafts;
     outputs += rows.count == pending_after_admission(rows.sequence) ? 1 : 0;
+    outputs += rows.num_drafts;
+    has_drafts = has_drafts || rows.num_drafts > 0;
   }
-  const std::int32_t wanted = state_.row_shapes.preferred(outputs) - outputs;
-  if (wanted == 0 || outputs + wanted > state_.info.max_outputs) return;
   if (outputs < count) {
+    const std::int32_t wanted = state_.row_shapes.preferred(outputs) - outputs;
+    if (outputs + wanted > state_.info.max_outputs) return;
     batch.num_extra_outputs = std::min(wanted, count - outputs);
-  } else if (count + wanted <= most_joint_rows()) {
-    add_fillers(batch, wanted);
-    std::sort(batch.filler_slots.begin(), batch.filler_slots.end());
+    return;
   }
+  // Streams would be cut where a dummy row is beside sequences that have more.
+  if (has_drafts && !unified_) return;
+  for (const SeqId slot : slots_to_fill(batch, fillers_wanted(batch, count))) {
+    add_filler(batch, slot);
+  }
+  std::sort(batch.filler_slots.begin(), batch.filler_slots.end());
+}
+
+// Dummy rows that a call of `rows` rows, all with logits, had better have; 0 where there is no
+// place for all of them.
+std::int32_t Planner::fillers_wanted(const PlannedMicroBatch& batch, std::int32_t rows) const {
+  const std::int32_t wanted = state_.row_shapes.preferred(rows) - rows;
+  if (rows + wanted > std::min(state_.info.max_outputs, most_joint_rows())) return 0;
+  return slots_to_fill(batch, wanted).empty() ? 0 : wanted;
 }
 
 std::int32_t Planner::pending_after_admission(const Sequence* sequence) const {
@@ -114,28 +130,26 @@ std::int32_t Planner::pending_after_admission(const Sequence* sequence) const {
   return sequence->num_pending();
 }
 
-// Up to `wanted` dummy rows: in streams on the slots next to the busy ones, so that ids stay free
-// of gaps.
-void Planner::add_fillers(PlannedMicroBatch& batch, std::int32_t wanted) {
-  std::int32_t added = 0;
+// Places for `wanted` dummy rows, or none: with fewer the call would have a shape that nobody asked
+// for. In streams next to the busy slots, so that ids stay free of gaps.
+std::vector<SeqId> Planner::slots_to_fill(const PlannedMicroBatch& batch,
+                                          std::int32_t wanted) const {
+  std::vector<SeqId> slots;
+  const auto is_short = [&] { return static_cast<std::int32_t>(slots.size()) < wanted; };
   if (unified_) {
-    for (SeqId slot = 0; slot < state_.info.num_slots && added < wanted; ++slot) {
-      if (fillable(slot) == 0 || free_cells() < 1) continue;
-      add_filler(batch, slot);
-      added += 1;
+    if (free_cells() < wanted) return {};
+    for (SeqId slot = 0; slot < state_.info.num_slots && is_short(); ++slot) {
+      if (is_fillable(slot)) slots.push_back(slot);
     }
-    return;
+  } else {
+    SeqId above = slot_of(batch.rows.back().sequence) + 1;
+    SeqId below = slot_of(batch.rows.front().sequence) - 1;
+    for (; is_short() && above < state_.info.num_slots && is_fillable(above); ++above) {
+      slots.push_back(above);
+    }
+    for (; is_short() && below >= 0 && is_fillable(below); --below) slots.push_back(below);
   }
-  SeqId above = slot_of(batch.rows.back().sequence) + 1;
-  SeqId below = slot_of(batch.rows.front().sequence) - 1;
-  for (; added < wanted && above < state_.info.num_slots && fillable(above) != 0; ++above) {
-    add_filler(batch, above);
-    added += 1;
-  }
-  for (; added < wanted && below >= 0 && fillable(below) != 0; --below) {
-    add_filler(batch, below);
-    added += 1;
-  }
+  return is_short() ? std::vector<SeqId>{} : slots;
 }
 
 SeqId Planner::slot_of(const Sequence* sequence) const {

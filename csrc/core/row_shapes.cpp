@@ -31,6 +31,17 @@ void RowShapes::observe(std::int32_t rows, double seconds) {
   times.last = ++num_calls_;
 }
 
+std::optional<double> RowShapes::seconds(std::int32_t rows) const {
+  const Times* times = find(rows);
+  if (times == nullptr || !times->is_known()) return std::nullopt;
+  return times->median();
+}
+
+std::int64_t RowShapes::age(std::int32_t rows) const {
+  const Times* times = find(rows);
+  return num_calls_ - (times == nullptr ? 0 : times->last);
+}
+
 std::int32_t RowShapes::preferred(std::int32_t rows) const {
   const std::int32_t whole = next_group(rows);
   if (whole == rows) return rows;

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace batchcore {
@@ -15,11 +16,17 @@ class RowShapes {
  public:
   static constexpr std::int32_t kGroup = 4;
 
-  /// A decode call of `rows` rows, one per sequence, took `seconds` apart from attention.
+  /// A decode call of `rows` rows, all of them with logits and none of a prompt, took `seconds`
+  /// apart from attention.
   void observe(std::int32_t rows, double seconds);
 
   /// `rows`, or the next multiple of kGroup where calls of that size were faster.
   [[nodiscard]] std::int32_t preferred(std::int32_t rows) const;
+
+  /// What a call of `rows` rows takes, where enough of them were seen.
+  [[nodiscard]] std::optional<double> seconds(std::int32_t rows) const;
+  /// Calls since the last of `rows` rows.
+  [[nodiscard]] std::int64_t age(std::int32_t rows) const;
 
   [[nodiscard]] static std::int32_t next_group(std::int32_t rows) {
     return (rows + kGroup - 1) / kGroup * kGroup;

@@ -35,6 +35,8 @@ struct SchedulerConfig {
   bool preempt_for_slots = true;
   double max_wait_s = 0.0;  ///< how long an idle engine waits for its batch to fill
   bool adaptive = false;    ///< fewer sequences where more don't pay or would miss target_itl_s
+  /// Drafted tokens of a sequence that a step may verify, 0 to kMaxDrafts.
+  std::int32_t num_speculative_tokens = 0;
 };
 
 class Scheduler {

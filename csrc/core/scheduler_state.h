@@ -13,6 +13,7 @@
 #include "core/preemption.h"
 #include "core/row_shapes.h"
 #include "core/sequence.h"
+#include "core/speculation.h"
 #include "core/step_cost.h"
 #include "core/waiting_queue.h"
 
@@ -20,6 +21,8 @@ namespace batchcore {
 
 /// All that a plan depends on. The engine owns and updates it.
 struct SchedulerState {
+  static constexpr double kDraftMemory = 64.0;  ///< drafted tokens
+
   explicit SchedulerState(const BackendInfo& backend, const QueueConfig& queue = {})
       : info(backend),
         waiting(queue),
@@ -45,6 +48,7 @@ struct SchedulerState {
   HostCache host;            ///< prefixes that were evicted to host memory
   StepCost cost;
   RowShapes row_shapes;
+  DraftRates draft_rates{kDraftMemory};  ///< of all sequences
   CopySpeed copy_speed;
   OutputHistory history;
 };

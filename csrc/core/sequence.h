@@ -8,6 +8,8 @@
 #include <limits>
 #include <vector>
 
+#include "core/ngram_draft.h"
+#include "core/speculation.h"
 #include "core/static_batch.h"
 #include "core/types.h"
 
@@ -26,6 +28,8 @@ struct Rank {
 /// decode and recomputing after a preemption: a step computes the next pending tokens, and a step
 /// that reaches the last token samples the next one.
 struct Sequence {
+  static constexpr double kDraftMemory = 16.0;  ///< drafted tokens
+
   RequestId request_id = 0;
   Rank rank;
   UserId user = 0;
@@ -45,6 +49,9 @@ struct Sequence {
   StaticBatch* batch = nullptr;  ///< the static batch that it belongs to, if any
   bool has_started = false;      ///< it is in that batch's num_started
   std::int32_t num_saved = 0;    ///< tokens whose cells lie in host memory since a preemption
+
+  Draft draft;  ///< what may follow the tokens, in the step that is being made
+  DraftRates draft_rates{kDraftMemory};
 
   // WaitingQueue's; a running sequence keeps what it had when it was admitted.
   std::int32_t lift = 0;  ///< tiers that it has gained by waiting

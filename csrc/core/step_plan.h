@@ -21,10 +21,12 @@ struct Admission {
   std::shared_ptr<const HostCache::Entry> host;  ///< holds them, where no slot does
 };
 
-/// The next `count` pending tokens of a sequence.
+/// The next `count` pending tokens of a sequence, and behind them, where that is its last token,
+/// the first `num_drafts` of its draft.
 struct PlannedRows {
   Sequence* sequence = nullptr;
   std::int32_t count = 0;
+  std::int32_t num_drafts = 0;
 };
 
 /// One decode call.

@@ -34,6 +34,11 @@ Engine::Engine(std::unique_ptr<Backend> backend, std::shared_ptr<const Vocab> vo
   if (config.scheduler.max_num_seqs > state_.info.num_slots) {
     throw ConfigError("max_num_seqs is larger than the number of slots");
   }
+  const std::int32_t num_drafts = config.scheduler.num_speculative_tokens;
+  if (num_drafts < 0 || num_drafts > kMaxDrafts) {
+    throw ConfigError("num_speculative_tokens must be from 0 to " + std::to_string(kMaxDrafts) +
+                      ", not " + std::to_string(num_drafts));
+  }
   if (config.max_sequence_tokens > 0) {
     state_.info.cells_per_slot = std::min(state_.info.cells_per_slot, config.max_sequence_tokens);
   }

@@ -129,6 +129,13 @@ class Engine {
     }
   };
 
+  struct SampledRow {
+    EngineSequence* sequence = nullptr;
+    std::int32_t row = 0;         // in batch_
+    std::int32_t num_drafts = 0;  // in the rows behind it
+    std::int32_t num_right = 0;   // in those before it
+  };
+
   // engine.cpp: what other threads call, and the loop.
   void check_process() const;
   void run();
@@ -159,6 +166,13 @@ class Engine {
   void advance(std::span<const PlannedRows> rows);
   void count_padding(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras);
   void sample_rows();
+  void start_forks();
+
+  // engine_drafts.cpp: tokens that are guessed and verified together.
+  void propose_drafts();
+  [[nodiscard]] bool goes_on_with_draft(const SampledRow& row, Token token);
+  void cut_drafts_off();
+  [[nodiscard]] bool excuse_drafts(DecodeStatus status);
 
   // engine_memory.cpp: KV memory beside the decode calls.
   void preempt(EngineSequence& sequence, bool keeps_cells);
@@ -235,7 +249,10 @@ class Engine {
   double kv_per_row_ = 0.0;  // recently, of decode rows
   std::vector<EngineRequest*> news_;
   MicroBatch batch_;
-  std::vector<std::pair<EngineSequence*, std::int32_t>> sampled_rows_;  // sequence, batch index
+  std::vector<SampledRow> sampled_rows_;
+  std::vector<SeqId> drafted_slots_;    // of this call
+  std::uint64_t drafts_from_step_ = 0;  // none before: calls with drafts have failed
+  std::uint64_t drafts_pause_ = 0;      // steps, next time
   std::vector<SampledToken> samples_;
   SamplerPool samplers_;
   std::size_t saved_bytes_ = 0;

@@ -22,6 +22,7 @@ void Engine::preempt(EngineSequence& sequence, bool keeps_cells) {
   sequence.num_computed = 0;
   sequence.num_shared = 0;
   sequence.is_suspect = false;
+  sequence.draft.clear();
   sequence.num_preemptions += 1;
   sequence.request->metrics.num_preemptions += 1;
   stats_.num_preemptions += 1;

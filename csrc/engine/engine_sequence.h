@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/ngram_draft.h"
 #include "core/sequence.h"
 #include "engine/detokenizer.h"
 #include "engine/request.h"
@@ -32,6 +33,7 @@ struct EngineSequence : Sequence {
   CompletionDelta delta;       ///< gained since the last publish
   double last_token_s = -1.0;  ///< when it gained its last token, < 0 before the first
   bool is_finished = false;
+  NgramIndex ngrams;        ///< of its tokens; empty where nothing is drafted
   bool is_suspect = false;  ///< was in a batch that failed: computed alone until that succeeds
   std::vector<std::uint8_t> saved_state;
 };

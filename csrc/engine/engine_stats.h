@@ -65,11 +65,13 @@ struct EngineStats {
   std::int64_t num_rows = 0;            ///< rows of all micro-batches
   std::int64_t num_prompt_tokens = 0;   ///< of the requests that were admitted
   std::int64_t num_prefill_tokens = 0;  ///< computed in chunks, after a preemption once more
-  std::int64_t num_decode_rows = 0;     ///< computed one per sequence and step
+  std::int64_t num_decode_rows = 0;     ///< computed one per sequence and step, and drafts
   std::int64_t num_cached_tokens = 0;   ///< prompt tokens that a cached prefix saved
   std::int64_t num_host_tokens = 0;     ///< those of them that came from host memory
   std::int64_t num_filler_rows = 0;     ///< dummy rows that give calls a cheaper shape
   std::int64_t num_generated_tokens = 0;
+  std::int64_t num_draft_tokens = 0;     ///< guessed and verified
+  std::int64_t num_accepted_tokens = 0;  ///< those of them that saved a step
   // Padding, in the three senses that it has here.
   std::int64_t busy_slot_steps = 0;     ///< tokens of static batches
   std::int64_t idle_slot_steps = 0;     ///< slots of ended sequences, while their batch went on

@@ -17,6 +17,7 @@ std::vector<RequestId> Engine::run_step() {
   expire(start);
   state_.now = start;
   state_.waiting.age(start);
+  propose_drafts();
   const StepPlan plan = scheduler_.plan(state_);
   stats_.seconds.plan += clock_() - start;
   state_.step += 1;
@@ -122,6 +123,7 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   StepWork work;
   batch_.clear();
   sampled_rows_.clear();
+  drafted_slots_.clear();
   // Among the others by slot: streams are cut where ids do not ascend one by one.
   auto filler = extras.filler_slots.begin();
   const auto add_fillers_below = [&](SeqId slot) {
@@ -133,19 +135,28 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
     EngineSequence& sequence = of(planned.sequence);
     if (sequence.is_finished || sequence.slot < 0) continue;
     const std::int32_t count = std::min(planned.count, sequence.num_pending());
+    // Alone after a failure, it is not the drafts that are looked into.
+    const std::int32_t num_drafts = sequence.is_suspect ? 0 : planned.num_drafts;
     add_fillers_below(sequence.slot);
     for (std::int32_t i = 0; i < count; ++i) {
       const Position position = sequence.num_computed + i;
       const bool is_last = position + 1 == sequence.num_tokens();
       if (is_last) {
-        sampled_rows_.emplace_back(&sequence, static_cast<std::int32_t>(batch_.size()));
+        sampled_rows_.push_back(
+            {&sequence, static_cast<std::int32_t>(batch_.size()), num_drafts, 0});
       }
       batch_.add(sequence.tokens[static_cast<std::size_t>(position)], position, sequence.slot,
                  is_last);
       work.kv_tokens += position;
     }
-    (sequence.is_decoding() ? work.decode_rows : work.prefill_tokens) += count;
-    live.push_back({&sequence, count});
+    for (std::int32_t i = 0; i < num_drafts; ++i) {
+      const Position position = sequence.num_tokens() + i;
+      batch_.add(sequence.draft.tokens[static_cast<std::size_t>(i)], position, sequence.slot, true);
+      work.kv_tokens += position;
+    }
+    if (num_drafts > 0) drafted_slots_.push_back(sequence.slot);
+    (sequence.is_decoding() ? work.decode_rows : work.prefill_tokens) += count + num_drafts;
+    live.push_back({&sequence, count, num_drafts});
   }
   if (live.empty()) return;
   add_fillers_below(state_.info.num_slots);
@@ -160,6 +171,7 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
     handle_failure(live, status);
     return;
   }
+  drafts_pause_ = drafted_slots_.empty() ? drafts_pause_ : 0;
   if (work.prefill_tokens == 0) {
     const double attention = state_.cost.coefficients()[3] * static_cast<double>(work.kv_tokens);
     state_.row_shapes.observe(static_cast<std::int32_t>(batch_.size()), seconds - attention);
@@ -177,6 +189,7 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   count_padding(live, extras);
   advance(live);
   sample_rows();
+  cut_drafts_off();
 }
 
 void Engine::count_padding(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras) {
@@ -188,12 +201,14 @@ void Engine::count_padding(std::span<const PlannedRows> rows, const PlannedMicro
     const EngineSequence& sequence = of(planned.sequence);
     RequestMetrics& metrics = sequence.request->metrics;
     std::int64_t needed = 0;
-    for (std::int32_t i = 0; i < planned.count; ++i) {
+    const std::int32_t num_rows = planned.count + planned.num_drafts;
+    for (std::int32_t i = 0; i < num_rows; ++i) {
       needed += shape.needed(sequence.num_computed + i);
     }
     stats_.attention_needed += needed;
     metrics.attention_needed += needed;
-    metrics.attention_computed += shape.computed_per_row * planned.count;
+    metrics.attention_computed += shape.computed_per_row * num_rows;
+    stats_.num_draft_tokens += planned.num_drafts;
     // Once per step and batch: in lock-step all of its members are in one call.
     const StaticBatch* batch = sequence.batch;
     if (batch == nullptr || !sequence.has_started) continue;
@@ -231,6 +246,7 @@ void Engine::handle_failure(std::span<const PlannedRows> rows, DecodeStatus stat
     return;
   }
   stats_.num_decode_failures += 1;
+  if (excuse_drafts(status)) return;
   const std::string reason = backend_->last_error();
   if (status == DecodeStatus::kNoSlot && evict_all()) return;
   if (status == DecodeStatus::kComputeFailed) rebuild_backend();
@@ -265,34 +281,53 @@ void Engine::advance(std::span<const PlannedRows> rows) {
   }
 }
 
-void Engine::sample_rows() {
-  const double start = clock_();
-  std::vector<SampleJob> jobs;
+// A prompt that is computed is where its sibling completions start, from the same row of logits.
+void Engine::start_forks() {
   const std::size_t num_leaders = sampled_rows_.size();
   for (std::size_t i = 0; i < num_leaders; ++i) {
-    const auto [leader, row] = sampled_rows_[i];
+    const auto [leader, row, num_drafts, num_right] = sampled_rows_[i];
     if (leader->num_forks == 0) continue;
     fork(*leader);
     for (const auto& sibling : leader->request->sequences) {
       if (sibling.get() != leader && sibling->num_computed == leader->num_computed) {
-        sampled_rows_.emplace_back(sibling.get(), row);
+        sampled_rows_.push_back({sibling.get(), row, 0, 0});
       }
     }
   }
-  samples_.assign(sampled_rows_.size(), SampledToken{});
-  jobs.reserve(sampled_rows_.size());
-  for (std::size_t i = 0; i < sampled_rows_.size(); ++i) {
-    const auto [sequence, row] = sampled_rows_[i];
-    const float* logits = backend_->logits(row);
-    if (logits != nullptr) jobs.push_back({&sequence->sampler, logits, &samples_[i]});
+}
+
+// In rounds: one token of each sequence, then one more of each whose token is the one that was
+// drafted. So a sampler sees what came before as it would without drafts, and several sequences
+// are sampled at the same time.
+void Engine::sample_rows() {
+  std::vector<SampleJob> jobs;
+  double start = clock_();
+  start_forks();
+  while (!sampled_rows_.empty()) {
+    samples_.assign(sampled_rows_.size(), SampledToken{});
+    jobs.clear();
+    jobs.reserve(sampled_rows_.size());
+    for (std::size_t i = 0; i < sampled_rows_.size(); ++i) {
+      const float* logits = backend_->logits(sampled_rows_[i].row);
+      if (logits == nullptr) continue;
+      jobs.push_back({&sampled_rows_[i].sequence->sampler, logits, &samples_[i]});
+    }
+    samplers_.run(jobs);
+    const double sampled = clock_();
+    stats_.seconds.sample += sampled - start;
+    std::size_t num_left = 0;
+    for (std::size_t i = 0; i < sampled_rows_.size(); ++i) {
+      const SampledRow row = sampled_rows_[i];
+      const Token token = samples_[i].token;
+      add_token(*row.sequence, samples_[i], sampled);
+      if (!goes_on_with_draft(row, token)) continue;
+      sampled_rows_[num_left++] = {row.sequence, row.row + 1, row.num_drafts - 1,
+                                   row.num_right + 1};
+    }
+    sampled_rows_.resize(num_left);
+    start = clock_();
+    stats_.seconds.text += start - sampled;
   }
-  samplers_.run(jobs);
-  const double sampled = clock_();
-  stats_.seconds.sample += sampled - start;
-  for (std::size_t i = 0; i < sampled_rows_.size(); ++i) {
-    add_token(*sampled_rows_[i].first, samples_[i], sampled);
-  }
-  stats_.seconds.text += clock_() - sampled;
 }
 
 }  // namespace batchcore

@@ -70,6 +70,7 @@ class Engine:
         prefix_caching: bool = True,
         prefill_policy: Literal["latency", "balanced", "throughput"] = "balanced",
         target_itl_ms: float | None = None,
+        num_speculative_tokens: int = 0,
         max_wait_ms: float = 0.0,
         policy: SchedulingPolicy | None = None,
         on_submit: AdmissionHook | None = None,
@@ -110,6 +111,11 @@ class Engine:
             prefill_policy: How much prompts may slow down sequences that decode.
             target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
                 with a prompt take 4 times as long as one in which everybody decodes.
+            num_speculative_tokens: Tokens that a step may guess for each sequence, from what came
+                after the same tokens before in its prompt and output, to verify them together: up
+                to 16, 0 means none. For outputs that repeat or quote. The engine guesses only as
+                many as pay, by what steps are measured to take and how often guesses were right.
+                Outputs stay what they are. Recurrent and hybrid models ignore it.
             max_wait_ms: How long an idle engine holds requests back for its batch to fill; with
                 continuous batching whoever comes next joins at the next step anyway.
             policy: Tiers, fair share between users, bounds per user, shedding.
@@ -153,6 +159,7 @@ class Engine:
         engine_options.check_not_negative(
             max_saved_bytes=max_saved_bytes, host_cache_bytes=host_cache_bytes
         )
+        engine_options.check_speculative_tokens(num_speculative_tokens)
         if target_itl_ms is not None:
             engine_options.check_milliseconds("target_itl_ms", target_itl_ms, above_zero=True)
         engine_options.check_milliseconds("max_wait_ms", max_wait_ms, above_zero=False)
@@ -183,13 +190,16 @@ class Engine:
         )
         self.autostart = autostart
         """Whether it runs its own loop; otherwise `step` does."""
+        n_rows = min(n_ubatch, n_ctx)
+        num_slots = engine_options.num_slots(num_seqs, kv_layout, prefix_caching, n_rows)
         try:
             self._native = _core.Engine(
                 self.model._native,
                 {
                     "n_ctx": n_ctx,
-                    "num_slots": engine_options.num_slots(
-                        num_seqs, kv_layout, prefix_caching, min(n_ubatch, n_ctx)
+                    "num_slots": num_slots,
+                    "max_outputs": engine_options.max_outputs(
+                        num_slots, num_seqs, num_speculative_tokens, n_rows
                     ),
                     "n_ubatch": n_ubatch,
                     "n_threads": threads,
@@ -209,6 +219,7 @@ class Engine:
                     "max_sequence_tokens": max_sequence_tokens or self.model.n_ctx_train,
                     "prefill_policy": prefill_policy,
                     "target_itl_s": (target_itl_ms or 0.0) / 1e3,
+                    "num_speculative_tokens": num_speculative_tokens,
                     "prefix_caching": prefix_caching,
                     "preemption": preemption,
                     "max_saved_bytes": max_saved_bytes,

@@ -16,6 +16,10 @@ MAX_SLOTS = 256
 _AUTO_CELLS = 256
 _AUTO_MAX_SEQS = 64
 
+_MAX_SPECULATIVE_TOKENS = 16  # kMaxDrafts of the C++ core
+# With more rows in a call drafts hardly pay, and each takes memory for its logits.
+_MOST_DRAFT_ROWS = 64
+
 
 def first_given(given: Any, found: Any, default: Any) -> Any:
     """What the caller said, else the profile, else the default."""
@@ -36,6 +40,15 @@ def check_not_negative(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ConfigError(f"{name} must be an integer of at least 0, not {value!r}")
+
+
+def check_speculative_tokens(value: Any) -> None:
+    """Refuse what is no number of tokens that a step can guess."""
+    check_not_negative(num_speculative_tokens=value)
+    if value > _MAX_SPECULATIVE_TOKENS:
+        raise ConfigError(
+            f"num_speculative_tokens must be at most {_MAX_SPECULATIVE_TOKENS}, not {value}"
+        )
 
 
 def check_milliseconds(name: str, value: object, *, above_zero: bool) -> None:
@@ -85,6 +98,12 @@ def num_slots(max_num_seqs: int, kv_layout: str, prefix_caching: bool, most: int
     if kv_layout == "unified" and prefix_caching:
         return max(max_num_seqs, min(2 * max_num_seqs, MAX_SLOTS, most))
     return max_num_seqs
+
+
+def max_outputs(num_slots: int, max_num_seqs: int, num_speculative_tokens: int, most: int) -> int:
+    """Rows with logits that a decode call may have; each takes memory of the vocabulary's size."""
+    drafts = min(max_num_seqs * num_speculative_tokens, _MOST_DRAFT_ROWS)
+    return max(num_slots, min(max_num_seqs + drafts, most))
 
 
 def usable_cores() -> int:

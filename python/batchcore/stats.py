@@ -141,7 +141,7 @@ class EngineStats:
     host_cache_bytes: int
     """Host memory that evicted prefixes take."""
     step_decode_rows: int
-    """Of the last step: sequences that decoded,"""
+    """Of the last step: rows of sequences that decoded,"""
     step_prefill_tokens: int
     """prompt tokens,"""
     step_s: float
@@ -159,7 +159,11 @@ class EngineStats:
     num_prefill_tokens: int
     """Tokens computed in chunks; again after a preemption."""
     num_decode_rows: int
-    """Tokens computed one per sequence and step."""
+    """Rows of sequences that decode: one per sequence and step, and those of its drafts."""
+    num_draft_tokens: int
+    """Tokens that speculation guessed and verified."""
+    num_accepted_tokens: int
+    """Those of them that were right, and so saved a step of their sequence."""
     num_cached_tokens: int
     """Prompt tokens that a cached prefix saved."""
     num_host_tokens: int

@@ -33,6 +33,12 @@ ThreadsOption = Annotated[
     int | None, typer.Option("--n-threads", min=1, show_default="one per usable core")
 ]
 LayoutOption = Annotated[Literal["auto", "unified", "streams"], typer.Option("--kv-layout")]
+SpeculativeOption = Annotated[
+    int,
+    typer.Option(
+        "--num-speculative-tokens", min=0, help="Guessed tokens per sequence and step, at most."
+    ),
+]
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="What `batchcore tune` wrote.")
 ]
@@ -139,6 +145,7 @@ def throughput(
     prefill_policy: Annotated[
         Literal["latency", "balanced", "throughput"], typer.Option()
     ] = "balanced",
+    num_speculative_tokens: SpeculativeOption = 0,
     profile: ProfileOption = None,
     seed: SeedOption = 0,
     save_result: SaveOption = False,
@@ -167,6 +174,7 @@ def throughput(
         kv_layout=kv_layout,
         prefix_caching=prefix_caching,
         prefill_policy=prefill_policy,
+        num_speculative_tokens=num_speculative_tokens,
         profile=profile,
     ) as engine:
         warm_up(engine, ["Warming up takes a few tokens only."] * 4)

@@ -76,6 +76,10 @@ def generate(
     n_threads: Annotated[
         int | None, typer.Option(help="CPU threads.", show_default="one per usable core")
     ] = None,
+    num_speculative_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens to guess per completion and step, at most, from what repeats."),
+    ] = 0,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Write JSONL to stdout.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSONL here.")
@@ -110,7 +114,13 @@ def generate(
             write = _text_writer(sys.stdout, len(items))
         loaded = Model(model, progress=progress)
         engine = stack.enter_context(
-            Engine(loaded, max_num_seqs=concurrency, n_ctx=n_ctx, n_threads=n_threads)
+            Engine(
+                loaded,
+                max_num_seqs=concurrency,
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                num_speculative_tokens=num_speculative_tokens,
+            )
         )
         if chat:
             items = [_as_chat(loaded, item) for item in items]

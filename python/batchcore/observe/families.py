@@ -183,6 +183,16 @@ FAMILIES: tuple[Family | HistogramFamily, ...] = (
         "prompt_tokens_total", "Prompt tokens of admitted requests.", lambda s: s.num_prompt_tokens
     ),
     _counter("generation_tokens_total", "Tokens generated.", lambda s: s.num_generated_tokens),
+    _counter(
+        "spec_decode_num_draft_tokens_total",
+        "Tokens that speculation guessed and verified.",
+        lambda s: s.num_draft_tokens,
+    ),
+    _counter(
+        "spec_decode_num_accepted_tokens_total",
+        "Guessed tokens that were right.",
+        lambda s: s.num_accepted_tokens,
+    ),
     HistogramFamily(
         "iteration_tokens_total",
         "Tokens that a step computed.",
@@ -298,7 +308,7 @@ FAMILIES: tuple[Family | HistogramFamily, ...] = (
     _labelled(
         "computed_rows_total",
         "counter",
-        "Rows computed: prompt tokens (prefill), one per sequence and step (decode), or filler.",
+        "Rows computed: prompt tokens (prefill), decoding sequences and drafts (decode), filler.",
         "kind",
         lambda s: {
             "prefill": s.num_prefill_tokens,

@@ -284,6 +284,7 @@ def _native_options(
         "host_cache_bytes": host_cache_bytes,
         "max_queued_requests": max_queued_requests,
         "max_queued_tokens": max_queued_tokens,
+        "num_speculative_tokens": 0,
         "num_sampler_threads": 1,
         "check_integrity": options.get("check_integrity", False),
     }
