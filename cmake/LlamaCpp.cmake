@@ -45,9 +45,11 @@ endfunction()
 function(batchcore_add_llama_cpp)
   set(BUILD_SHARED_LIBS OFF)
   set(CMAKE_POSITION_INDEPENDENT_CODE ON)
-  set(CMAKE_C_VISIBILITY_PRESET hidden)
-  set(CMAKE_CXX_VISIBILITY_PRESET hidden)
-  set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
+  if(NOT BATCHCORE_BUILD_PEERS) # whose shared library is nothing but llama.cpp's symbols
+    set(CMAKE_C_VISIBILITY_PRESET hidden)
+    set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+    set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
+  endif()
   # Upstream asks git for the commit, and inside this repository git would answer with ours.
   set(GIT_EXE "")
   set(LLAMA_BUILD_COMMIT "${BATCHCORE_LLAMA_CPP_COMMIT}")
@@ -97,7 +99,15 @@ function(batchcore_add_peers)
   foreach(program IN LISTS programs)
     set_target_properties(${program} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/peers")
   endforeach()
-  add_custom_target(batchcore_peers ALL DEPENDS ${programs})
+  # For Python packages that load llama.cpp as a shared library (benchmarks say how).
+  set(nothing "${PROJECT_BINARY_DIR}/peers/nothing.cpp")
+  file(CONFIGURE OUTPUT "${nothing}" CONTENT "")
+  add_library(batchcore_peers_llama SHARED "${nothing}")
+  target_link_libraries(batchcore_peers_llama PRIVATE "$<LINK_LIBRARY:WHOLE_ARCHIVE,llama,ggml,ggml-cpu,ggml-base>")
+  set_target_properties(batchcore_peers_llama PROPERTIES
+    OUTPUT_NAME llama
+    LIBRARY_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/peers/lib")
+  add_custom_target(batchcore_peers ALL DEPENDS ${programs} batchcore_peers_llama)
 endfunction()
 
 batchcore_find_llama_cpp()
