@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "core/scheduler.h"
 #include "core/sim_backend.h"
 #include "engine/engine.h"
+#include "plan_scene.h"
 
 namespace {
 
@@ -23,57 +23,13 @@ double wall_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-BackendInfo backend_info(std::int32_t active, KvLayout layout) {
-  BackendInfo info;
-  info.n_vocab = 256;
-  info.num_slots = active;
-  info.num_cells = active * 1024;
-  info.cells_per_slot = 1024;
-  info.n_ubatch = 512;
-  info.max_outputs = 512;
-  info.layout = layout;
-  return info;
-}
-
-// `active` sequences that decode behind 300 tokens and `queued` that wait: with all slots taken, as
-// in steady state, or with one slot free (`admits`).
 double microseconds_per_plan(std::int32_t active, std::int32_t queued, bool admits,
                              std::int32_t repetitions) {
-  std::mt19937 random(1);
-  SchedulerState state(backend_info(active, KvLayout::kUnified));
-  SchedulerConfig config;
-  config.max_num_seqs = active;
-  std::vector<std::unique_ptr<Sequence>> all;
-  const auto add = [&](std::int32_t length) -> Sequence& {
-    auto sequence = std::make_unique<Sequence>();
-    sequence->request_id = all.size() + 1;
-    sequence->rank = {0, sequence->request_id, 0};
-    for (std::int32_t i = 0; i < length; ++i) {
-      sequence->tokens.push_back(static_cast<Token>(random() % 256));
-    }
-    sequence->num_prompt_tokens = length;
-    sequence->max_tokens_total = length + 100;
-    all.push_back(std::move(sequence));
-    return *all.back();
-  };
-  for (std::int32_t i = 0; i < active - (admits ? 1 : 0); ++i) {
-    Sequence& sequence = add(300);
-    sequence.slot = i;
-    sequence.num_computed = 299;
-    state.kv.open(i);
-    state.kv.append(i, std::span(sequence.tokens).first(299));
-    state.running.push_back(&sequence);
-  }
-  for (std::int32_t i = 0; i < queued; ++i) state.waiting.push(&add(300));
-  for (int i = 0; i < 200; ++i) {
-    state.cost.observe({16 * (i % 9), active, 300 * active}, 0.02 + 0.001 * (i % 9));
-    state.history.record(50 + i % 60);
-  }
-  const Scheduler scheduler(config);
+  const bench::PlanScene scene(active, queued, admits);
   std::vector<double> times;
   for (std::int32_t i = 0; i < repetitions; ++i) {
     const double start = wall_seconds();
-    const StepPlan plan = scheduler.plan(state);
+    const StepPlan plan = scene.scheduler.plan(scene.state);
     times.push_back(1e6 * (wall_seconds() - start));
     if (plan.micro_batches.empty()) std::abort();
   }
@@ -96,7 +52,7 @@ struct Replay {
 // `num_requests` at once on `active` slots, on a device as fast as a large GPU.
 Replay replay(std::int32_t active, std::int32_t num_requests, KvLayout layout) {
   const SimCost cost{5e-3, 20e-6, 40e-6, 1e-9};
-  auto owned = std::make_unique<SimBackend>(backend_info(active, layout), cost);
+  auto owned = std::make_unique<SimBackend>(bench::backend_info(active, layout), cost);
   SimBackend& backend = *owned;
   EngineConfig config;
   config.scheduler.max_num_seqs = active;
@@ -121,7 +77,7 @@ Replay replay(std::int32_t active, std::int32_t num_requests, KvLayout layout) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::int32_t repetitions = argc > 1 ? std::atoi(argv[1]) : 200;
+  const std::int32_t repetitions = argc > 1 ? std::max(std::atoi(argv[1]), 1) : 200;
   std::printf("plan(), median microseconds\n%8s %8s %12s %12s\n", "active", "queued", "slots full",
               "one free");
   for (const std::int32_t active : {16, 64, 256}) {
