@@ -15,7 +15,7 @@ namespace batchcore::bench {
 /// Two lines of prose, half of the characters outside ASCII where `multibyte`.
 inline std::string prose(bool multibyte) {
   return multibyte ? "Der Zug fährt über die Brücke; 列車は橋を渡り、山の向こうの町へ急ぐ。 "
-                     "Поезд идёт через мост, и город виден вдали — größer, als wir dachten.\n"
+                     "Поезд идёт через мост, и город виден вдали — größer denn je.\n"
                    : "The train crosses the bridge before dawn, and by the time that the others "
                      "wake up it has left the hills <behind> it.\nNobody said a word # not one.\n";
 }

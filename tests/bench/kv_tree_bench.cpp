@@ -21,7 +21,7 @@ using namespace batchcore;
 constexpr SeqId kNumSequences = 256;
 constexpr SeqId kSpareSlot = kNumSequences;
 constexpr std::int32_t kShared = 1000;
-constexpr std::int32_t kOwn = 100;
+constexpr std::int32_t kOwnTokens = 100;
 constexpr std::int32_t kVocab = 32'000;
 
 std::vector<Token> random_tokens(std::mt19937& random, std::int32_t count) {
@@ -48,7 +48,7 @@ struct Prefixes {
     const std::vector<Token> prefix = random_tokens(random, num_shared);
     const auto with_prefix = [&] {
       std::vector<Token> tokens = prefix;
-      const std::vector<Token> own = random_tokens(random, kShared + kOwn - num_shared);
+      const std::vector<Token> own = random_tokens(random, kShared + kOwnTokens - num_shared);
       tokens.insert(tokens.end(), own.begin(), own.end());
       return tokens;
     };
@@ -116,13 +116,13 @@ void kv_tree_append(benchmark::State& state) {
   for (auto _ : state) {
     kv.append(slot, std::span(&token, 1));
     slot = (slot + 1) % kNumSequences;
-    if (slot == 0 && kv.length(0) >= 2 * (kShared + kOwn)) {
+    if (slot == 0 && kv.length(0) >= 2 * (kShared + kOwnTokens)) {
       state.PauseTiming();  // rarely enough not to be felt
-      for (SeqId each = 0; each < kNumSequences; ++each) kv.truncate(each, kShared + kOwn);
+      for (SeqId each = 0; each < kNumSequences; ++each) kv.truncate(each, kShared + kOwnTokens);
       state.ResumeTiming();
     }
   }
-  for (SeqId each = 0; each < kNumSequences; ++each) kv.truncate(each, kShared + kOwn);
+  for (SeqId each = 0; each < kNumSequences; ++each) kv.truncate(each, kShared + kOwnTokens);
 }
 BENCHMARK(kv_tree_append)->Apply(every_layout);
 
