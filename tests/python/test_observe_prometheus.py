@@ -66,6 +66,8 @@ COUNTERS = [
     "requests_refused_total",
     "requests_shed_total",
     "static_slot_steps_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_draft_tokens_total",
     "step_seconds_total",
     "steps_total",
 ]

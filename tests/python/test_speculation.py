@@ -13,8 +13,10 @@ import random
 
 import batchcore as bc
 import pytest
+from batchcore.cli import make_app
 from batchcore.errors import ConfigError
 from batchcore.testing import synthetic_gguf
+from typer.testing import CliRunner
 
 EXACT = {"flash_attn": "off", "type_k": "f32", "type_v": "f32", "check_integrity": True}
 NOISE = 1e-3  # nat, as in tests/python/test_batch_equality.py
@@ -267,11 +269,9 @@ def test_numbers_that_can_not_work_are_refused(llama, value):
         bc.Engine(llama, num_speculative_tokens=value)
 
 
-def test_counters_reach_prometheus(llama):
-    from batchcore.observe.families import FAMILIES
-
-    names = {family.name for family in FAMILIES}
-    assert {
-        "spec_decode_num_draft_tokens_total",
-        "spec_decode_num_accepted_tokens_total",
-    } <= names
+@pytest.mark.parametrize("most", [4, 17])
+def test_the_command_line_takes_it(llama, most):
+    args = ["generate", "-m", llama.path, "-p", "a a a", "--n-ctx", "256", "--n-threads", "1"]
+    result = CliRunner().invoke(make_app(), [*args, f"--num-speculative-tokens={most}"])
+    assert (result.exit_code == 0) == (most <= 16)
+    assert ("num_speculative_tokens" in result.output) == (most > 16)
