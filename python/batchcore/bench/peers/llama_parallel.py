@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from batchcore.bench.peers.base import Measurement, Peer, PeerError, Setup
-from batchcore.bench.peers.llama_server import program_version
-from batchcore.bench.peers.process import run_to_end, tail_of
+from batchcore.bench.peers.base import PeerError
+from batchcore.bench.peers.once import RunsOnce
+from batchcore.bench.peers.process import tail_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from batchcore.bench.peers.base import Setup
     from batchcore.bench.peers.workloads import Case
 
 __all__ = ["LlamaParallel", "parse_totals"]
@@ -38,42 +37,26 @@ def parse_totals(text: str) -> dict[str, float | None]:
     }
 
 
-class LlamaParallel(Peer):
-    """Runs to its end for each measurement, with as many requests as a workload has."""
+class LlamaParallel(RunsOnce):
+    """Answers as many requests as a workload has."""
 
-    name = "llama-parallel"
-    warms_up = False
-
-    def __init__(self, program: Path) -> None:
-        """Take the program."""
-        self.version = program_version(program)
-        self._path = program
-        self._setup: Setup | None = None
+    program = "llama-parallel"
 
     def why_not(self, case: Case) -> str | None:
         """Its own prompts are short questions, and nothing else."""
         return None if case.name == "short-chat" else "it has prompts of its own, all of them short"
 
-    def start(self, setup: Setup) -> None:
-        """Nothing to start."""
-        self._setup = setup
-
-    def run(self, case: Case) -> Measurement:
-        """Run as many of its own prompts, with the system prompt shared by all of them."""
-        setup = self._setup
-        assert setup is not None
+    def arguments(self, setup: Setup, case: Case) -> list[str]:
+        """As many of its own prompts, with the system prompt shared by all of them."""
         params = case.workload.requests[0].params
-        threads = str(setup.n_threads)
-        command = [str(self._path), "-m", str(setup.model), "-c", str(setup.n_ctx), "-pps", "-kvu"]
-        command += ["-np", str(setup.num_slots), "-ns", str(len(case.workload))]
-        command += ["-n", str(params.max_tokens), "--ignore-eos", "-t", threads, "-tb", threads]
+        given = ["-pps", "-kvu", "-np", str(setup.num_slots), "-ns", str(len(case.workload))]
+        given += ["-n", str(params.max_tokens), "--ignore-eos"]
         if params.temperature == 0:
-            command += ["--samplers", "top_k;temperature", "--top-k", "1", "--temp", "0"]
-        else:
-            command += ["--samplers", "top_k;temperature;top_p", "--top-k", str(params.top_k)]
-            command += ["--top-p", str(params.top_p), "--temp", str(params.temperature)]
-        text, kept = run_to_end(command, setup.limit_s)
-        return Measurement(parse_totals(text) | kept, {"command": command[1:]})
+            return [*given, "--samplers", "top_k;temperature", "--top-k", "1", "--temp", "0"]
+        given += ["--samplers", "top_k;temperature;top_p", "--top-k", str(params.top_k)]
+        return [*given, "--top-p", str(params.top_p), "--temp", str(params.temperature)]
 
-    def stop(self) -> None:
-        """Nothing is left."""
+    def figures(self, text: str, case: Case) -> dict[str, float | None]:
+        """Its totals."""
+        del case
+        return parse_totals(text)

@@ -74,10 +74,10 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
     if document["stopped"]:
         yield f"**Not complete: {document['stopped']}.**"
     yield (
-        f"Every peer ran once in each of {config['pairs']} rounds, all with the same prompts "
-        "in a round, and with new ones in the next. Figures are medians (min..max). A ratio is "
-        "batchcore's figure over the peer's within each round: above 1 is good for tokens per "
-        "second, below 1 for times."
+        f"{config['pairs']} rounds; in each, every peer runs every workload once, all of them with "
+        "the same prompts, and in the next with new ones. Where rounds are missing, it says so. "
+        "Figures are medians (min..max). A ratio is batchcore's figure over the peer's within each "
+        "round: above 1 is good for tokens per second, below 1 for times."
     )
 
 
@@ -106,6 +106,9 @@ def _workload(table: Table) -> Iterator[str]:
     if not table.runs:
         return
     yield f"### {table.workload}"
+    done, planned = len({run["round"] for run in table.runs}), table.document["config"]["pairs"]
+    if done < planned:
+        yield f"**{done} of {planned} rounds.**"
     peers = table.peers
     for names in ((*_THROUGHPUT, *_COST), _LATENCY):
         columns = [column for name in names for column in _columns(table, peers, name)]
