@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nox
@@ -16,6 +17,7 @@ CPP_FILES = sorted(
     for path in Path(folder).rglob("*")
     if path.suffix in {".h", ".cpp"}
 )
+JOBS = str(os.cpu_count() or 1)
 BUILD_TOOLS = ("scikit-build-core>=1.0", "pybind11>=3.0,<4", "cmake>=3.24", "ninja")
 
 
@@ -31,7 +33,7 @@ def _run_cpp_tests(session: nox.Session, *presets: str) -> None:
     for preset in presets:
         session.run("cmake", "--preset", preset)
         session.run("cmake", "--build", "--preset", preset)
-        session.run("ctest", "--preset", preset, *session.posargs)
+        session.run("ctest", "--preset", preset, "--parallel", JOBS, *session.posargs)
 
 
 @nox.session

@@ -69,7 +69,8 @@ py::dict to_dict(const EngineStats& s) {
       "num_batch_size_increases"_a = s.num_batch_size_increases,
       "num_batch_size_decreases"_a = s.num_batch_size_decreases, "num_refused"_a = s.num_refused,
       "num_shed"_a = s.num_shed, "num_slot_preemptions"_a = s.num_slot_preemptions,
-      "service"_a = py::tuple(py::cast(s.service)), "tiers"_a = tiers,
+      "num_slot_moves"_a = s.num_slot_moves, "service"_a = py::tuple(py::cast(s.service)),
+      "tiers"_a = tiers,
       "latencies"_a =
           py::dict("queue"_a = to_tuple(s.latencies.queue), "ttft"_a = to_tuple(s.latencies.ttft),
                    "itl"_a = to_tuple(s.latencies.itl), "e2e"_a = to_tuple(s.latencies.e2e)),

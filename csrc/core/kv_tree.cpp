@@ -123,6 +123,18 @@ void KvTree::share(SeqId from, SeqId to, std::int32_t length) {
   target.length = length;
 }
 
+void KvTree::swap(SeqId a, SeqId b) {
+  Node* const leaf_a = slots_[index(a)].leaf;
+  Node* const leaf_b = slots_[index(b)].leaf;
+  if (leaf_a == leaf_b) {  // both in its list, if it is not the root
+    std::swap(slots_[index(a)], slots_[index(b)]);
+    return;
+  }
+  std::replace(leaf_a->ends.begin(), leaf_a->ends.end(), a, b);
+  std::replace(leaf_b->ends.begin(), leaf_b->ends.end(), b, a);
+  std::swap(slots_[index(a)], slots_[index(b)]);
+}
+
 void KvTree::truncate(SeqId slot, std::int32_t length) {
   Slot& entry = slots_[index(slot)];
   if (length >= entry.length) return;
@@ -174,11 +186,24 @@ SeqId KvTree::slot_below(const Node* node, bool cached) const {
   return -1;
 }
 
+// Whether a match that begins with a run can be better than one of `length` tokens of `rest`: seen
+// from one token, where all slots begin alike and every one of them would be compared in full.
+bool KvTree::may_be_better(const Node& run, std::span<const Token> rest, std::int32_t length,
+                           bool is_cached) {
+  const bool wins_ties = run.num_cached > 0 && !is_cached;
+  const std::int32_t least = std::max(length + (wins_ties ? 0 : 1), 1);
+  if (least > static_cast<std::int32_t>(rest.size())) return false;
+  if (run.size() < least) return !run.children.empty();
+  const auto last = static_cast<std::size_t>(least - 1);
+  return run.tokens[last] == rest[last];
+}
+
 // Two slots that computed the same tokens on their own hold different cells, so several children
 // may start with the same token: all of them are looked at.
 void KvTree::match_below(const Node* node, std::span<const Token> rest, std::int32_t depth,
                          bool whole_slots_only, PrefixMatch& best) const {
   for (const auto& child : node->children) {
+    if (!may_be_better(*child, rest, best.length - depth, best.is_cached)) continue;
     const auto [mine, theirs] =
         std::mismatch(child->tokens.begin(), child->tokens.end(), rest.begin(), rest.end());
     const auto common = static_cast<std::int32_t>(mine - child->tokens.begin());

@@ -45,6 +45,8 @@ class KvTree {
   void set_active(SeqId slot);
   /// → kFree.
   void remove(SeqId slot);
+  /// What one of them holds and is, the other does from now on.
+  void swap(SeqId a, SeqId b);
 
   [[nodiscard]] SlotState state(SeqId slot) const { return slots_[index(slot)].state; }
   [[nodiscard]] std::int32_t length(SeqId slot) const { return slots_[index(slot)].length; }
@@ -93,6 +95,8 @@ class KvTree {
   void attach(SeqId slot, Node* leaf);
   void detach(SeqId slot);
   void release_path(Node* from, const Node* until, bool active);
+  [[nodiscard]] static bool may_be_better(const Node& run, std::span<const Token> rest,
+                                          std::int32_t length, bool is_cached);
   void match_below(const Node* node, std::span<const Token> rest, std::int32_t depth,
                    bool whole_slots_only, PrefixMatch& best) const;
   [[nodiscard]] SeqId slot_below(const Node* node, bool cached) const;

@@ -180,6 +180,9 @@ class Engine {
   void restore(EngineSequence& sequence);
   void drop_saved(EngineSequence& sequence);
   void evict(SeqId slot);
+  void pack_slots();
+  void exchange_slots(SeqId a, SeqId b);
+  void restore_slot(SeqId slot, std::span<const std::uint8_t> state);
   void save_prefix(SeqId slot);
   void restore_prefix(const Admission& admission);
   void adopt_prefix(const Admission& admission);

@@ -1,9 +1,12 @@
 // What happens to KV memory beside the decode calls: giving way, prefixes, forks, and putting it
 // right after a failure.
 #include <algorithm>
+#include <optional>
 #include <span>
 #include <utility>
+#include <vector>
 
+#include "core/slot_packing.h"
 #include "engine/engine.h"
 
 namespace batchcore {
@@ -140,6 +143,57 @@ void Engine::adopt_prefix(const Admission& admission) {
   if (!backend_->copy(admission.prefix_slot, slot, admission.prefix_length)) return;
   state_.kv.share(admission.prefix_slot, slot, admission.prefix_length);
   sequence.num_shared = admission.prefix_length;
+}
+
+// Sequences close ranks while nobody waits for the slots between them.
+void Engine::pack_slots() {
+  const std::optional<SlotSwap> swap = choose_swap(state_);
+  if (!swap) return;
+  const SeqId from = swap->sequence->slot;
+  const std::size_t bytes = backend_->saved_size(from) + backend_->saved_size(swap->to);
+  if (swap_pays(*swap->sequence, bytes, state_.cost, state_.copy_speed)) {
+    exchange_slots(from, swap->to);
+  }
+}
+
+// Through host memory, so that a cached prefix that lies there is kept. What can't be restored is
+// lost to the slot and computed again.
+void Engine::exchange_slots(SeqId a, SeqId b) {
+  const double start = clock_();
+  std::vector<std::uint8_t> states[2];
+  for (const auto& [slot, state] : {std::pair{a, &states[0]}, std::pair{b, &states[1]}}) {
+    if (state_.kv.length(slot) == 0) continue;
+    state->resize(backend_->saved_size(slot));
+    if (backend_->save(slot, *state) == 0) return;
+  }
+  backend_->remove(a, 0, -1);
+  backend_->remove(b, 0, -1);
+  state_.kv.swap(a, b);
+  for (Sequence* sequence : state_.running) {
+    if (sequence->slot == a || sequence->slot == b) sequence->slot = sequence->slot == a ? b : a;
+  }
+  const auto in = [](auto& by_slot, SeqId slot) { return by_slot.begin() + slot; };
+  std::iter_swap(in(state_.last_used, a), in(state_.last_used, b));
+  std::iter_swap(in(state_.pinned, a), in(state_.pinned, b));
+  auto pin_a = pins_.extract(a);
+  auto pin_b = pins_.extract(b);
+  if (pin_a) pins_.emplace(b, pin_a.mapped());
+  if (pin_b) pins_.emplace(a, pin_b.mapped());
+  stats_.num_slot_moves += 1;
+  restore_slot(b, states[0]);
+  restore_slot(a, states[1]);
+  state_.copy_speed.observe(2 * (states[0].size() + states[1].size()), clock_() - start);
+}
+
+void Engine::restore_slot(SeqId slot, std::span<const std::uint8_t> state) {
+  if (state.empty() || backend_->restore(slot, state)) return;
+  for (Sequence* sequence : state_.running) {
+    if (sequence->slot == slot) forget(of(sequence));
+  }
+  if (state_.kv.state(slot) == KvTree::SlotState::kCached) {
+    drop_pin(slot);
+    state_.kv.remove(slot);
+  }
 }
 
 void Engine::forget_fillers(const PlannedMicroBatch& extras) {

@@ -80,6 +80,7 @@ struct EngineStats {
   std::int64_t num_extra_outputs = 0;   ///< logits that nobody asked for
   std::int64_t num_preemptions = 0;
   std::int64_t num_slot_preemptions = 0;  ///< those of them for a better tier that waited
+  std::int64_t num_slot_moves = 0;        ///< of running sequences, into a gap between others
   std::int64_t num_batch_size_increases = 0;
   std::int64_t num_batch_size_decreases = 0;
   std::int64_t num_refused = 0;  ///< submits that met a bound of the queue, or were shed

@@ -12,6 +12,7 @@ namespace batchcore {
 
 std::vector<RequestId> Engine::run_step() {
   take_in();
+  pack_slots();
   const double start = clock_();
   observe_queue(start);
   expire(start);

@@ -213,6 +213,8 @@ class EngineStats:
     """and those of them that would have waited longer than their timeout."""
     num_slot_preemptions: int
     """Preemptions for a request of a better tier that needed a slot, not cells."""
+    num_slot_moves: int
+    """With `streams`: sequences that were moved next to the others, so that a call has no gaps."""
     service: tuple[float, ...]
     """What users were charged (prompt and output tokens by their cost), by a hash of the name."""
     tiers: tuple[TierStats, ...]

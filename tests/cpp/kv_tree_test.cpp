@@ -83,6 +83,14 @@ struct Model {
   std::map<SeqId, std::vector<Cell>> slots;
   int next = 0;
 
+  void swap(SeqId a, SeqId b) {
+    auto first = slots.extract(a);
+    auto second = slots.extract(b);
+    if (first) first.key() = b;
+    if (second && a != b) second.key() = a;
+    slots.insert(std::move(first));
+    slots.insert(std::move(second));
+  }
   [[nodiscard]] int num_cells() const {
     std::set<int> distinct;
     for (const auto& [slot, cells] : slots) {
@@ -107,7 +115,11 @@ TEST_CASE("any order of operations leaves the same account as a plain list of ce
     Model model;
     for (int operation = 0; operation < 400; ++operation) {
       const SeqId slot = below(kSlots);
-      if (tree.state(slot) == KvTree::SlotState::kFree) {
+      if (below(8) == 0) {
+        const SeqId other = below(kSlots);
+        tree.swap(slot, other);
+        model.swap(slot, other);
+      } else if (tree.state(slot) == KvTree::SlotState::kFree) {
         tree.open(slot);
         model.slots[slot] = {};
         const SeqId from = below(kSlots);

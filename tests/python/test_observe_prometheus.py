@@ -56,6 +56,7 @@ COUNTERS = [
     "generation_tokens_total",
     "num_preemptions_for_slot_total",
     "num_preemptions_saved_total",
+    "num_slot_moves_total",
     "num_preemptions_total",
     "prefix_cache_evictions_total",
     "prefix_cache_hits_total",

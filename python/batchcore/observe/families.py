@@ -289,6 +289,11 @@ FAMILIES: tuple[Family | HistogramFamily, ...] = (
         "Preemptions for a request of a better tier that needed the slot.",
         lambda s: s.num_slot_preemptions,
     ),
+    _counter(
+        "num_slot_moves_total",
+        "Running sequences moved into a gap between others (streams).",
+        lambda s: s.num_slot_moves,
+    ),
     # -- work, and what of it is wasted --
     _counter("steps_total", "Steps that computed something.", lambda s: s.num_steps),
     _counter("decode_calls_total", "Calls of llama.cpp's decode.", lambda s: s.num_micro_batches),
