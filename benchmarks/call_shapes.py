@@ -5,6 +5,8 @@ ratio is taken within each pair:
 
 * rows that decode and tokens of a prompt in one call, against one call for each;
 * one KV pool for all sequences (`unified`) against a stream of cells for each (`streams`);
+* few sequences in adjacent slots, against the same with slots between them, where dummy rows bridge
+  the gaps or llama.cpp cuts the call;
 * several prompts in one call, against a call for each;
 * a prefix of 1,000 tokens computed, against copied from another stream.
 
@@ -24,7 +26,7 @@ from common import models, report, write_json
 from common import parser as make_parser
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from batchcore import Model
 
@@ -57,9 +59,9 @@ class Way:
     """Of the first spare sequence, to the next before the calls."""
 
 
-def decode(count: int) -> tuple[Rows, ...]:
-    """A token of each of so many sequences."""
-    return tuple(Rows(seq_id, CONTEXT_TOKENS) for seq_id in DECODING[:count])
+def decode(slots: Iterable[int]) -> tuple[Rows, ...]:
+    """A token of each of these sequences."""
+    return tuple(Rows(seq_id, CONTEXT_TOKENS) for seq_id in slots)
 
 
 def prompt(count: int, seq_id: int = SPARE[0], first_pos: int = 0) -> tuple[Rows, ...]:
@@ -69,7 +71,7 @@ def prompt(count: int, seq_id: int = SPARE[0], first_pos: int = 0) -> tuple[Rows
 
 def joint(num_rows: int, num_tokens: int) -> tuple[Way, Way]:
     """One call, and two."""
-    rows, tokens = decode(num_rows), prompt(num_tokens)
+    rows, tokens = decode(DECODING[:num_rows]), prompt(num_tokens)
     what = f"{num_rows} decode + {num_tokens} prompt"
     return (
         Way(f"{what}, one call", "unified", (rows + tokens,)),
@@ -80,6 +82,19 @@ def joint(num_rows: int, num_tokens: int) -> tuple[Way, Way]:
 def layouts(what: str, rows: tuple[Rows, ...]) -> tuple[Way, Way]:
     """The same call in both layouts."""
     return Way(f"{what}, unified", "unified", (rows,)), Way(f"{what}, streams", "streams", (rows,))
+
+
+def gaps(count: int, *, bridged: bool) -> tuple[Way, Way]:
+    """Sequences far apart, and side by side."""
+    step = len(DECODING) // count
+    apart = DECODING[:: 1 if bridged else step]
+    how = (
+        f"dummy rows in {step - 1} slots between" if bridged else f"cut by {step - 1} slots between"
+    )
+    return (
+        Way(f"{count} decode, {how}", "streams", (decode(apart),)),
+        Way(f"{count} decode, adjacent", "streams", (decode(DECODING[:count]),)),
+    )
 
 
 def prompts(count: int) -> tuple[Way, Way]:
@@ -109,8 +124,11 @@ COMPARISONS = (
     joint(16, 16),
     joint(16, 48),
     joint(16, 128),
-    layouts("16 decode", decode(16)),
+    layouts("16 decode", decode(DECODING)),
     layouts("128 prompt", prompt(128)),
+    gaps(4, bridged=True),
+    gaps(4, bridged=False),
+    gaps(8, bridged=False),
     prompts(16),
     prompts(60),
     prefix(),

@@ -26,15 +26,23 @@ SAMPLINGS = {
     "top-k 40, top-p 0.95, T 0.8": SamplingParams(temperature=0.8, top_k=40, top_p=0.95, seed=1),
     "T 0.8 over the whole vocabulary": SamplingParams(temperature=0.8, seed=1),
 }
+CELLS = 512
 PARTS = ("plan", "sample", "text", "publish")
 
 
-def measure(model: Model, name: str, batch: int, tokens: int) -> dict[str, Any]:
-    """Step 16 sequences to their end."""
+def measure(model: Model, name: str, batch: int, tokens: int, kv_layout: Any) -> dict[str, Any]:
+    """Step a batch of sequences to its end."""
     params = dataclasses.replace(SAMPLINGS[name], max_tokens=tokens, ignore_eos=True)
     outside_ms, inside_ms = [], []
     parts = dict.fromkeys(PARTS, 0.0)
-    with Engine(model, max_num_seqs=batch, n_ctx=batch * 512, autostart=False) as engine:
+    with Engine(
+        model,
+        max_num_seqs=batch,
+        n_ctx=batch * CELLS,
+        max_sequence_tokens=CELLS,
+        kv_layout=kv_layout,
+        autostart=False,
+    ) as engine:
         handles = [
             engine.submit(distinct_prompt(model, seed, 128), params) for seed in range(batch)
         ]
@@ -70,9 +78,10 @@ def main() -> None:
     options = make_parser(__doc__, ["smollm2-135m", "gemma3-270m"])
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--tokens", type=int, default=48)
+    options.add_argument("--kv-layout", choices=["auto", "unified", "streams"], default="auto")
     given = options.parse_args()
     rows = [
-        measure(model, name, given.batch, given.tokens)
+        measure(model, name, given.batch, given.tokens, given.kv_layout)
         for model in models(given)
         for name in SAMPLINGS
     ]
