@@ -25,7 +25,7 @@ from common import parser as make_parser
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SEQUENCES, CELLS, PROMPT_TOKENS, OUTPUT_TOKENS, MICRO_BATCH = 16, 1024, 800, 32, 512
+SEQUENCES, CELLS, PROMPT_TOKENS, OUTPUT_TOKENS, MICRO_BATCH = 16, 1024, 300, 32, 512
 
 
 def run_nothing(name: str) -> None:
