@@ -126,12 +126,10 @@ void KvTree::share(SeqId from, SeqId to, std::int32_t length) {
 void KvTree::swap(SeqId a, SeqId b) {
   Node* const leaf_a = slots_[index(a)].leaf;
   Node* const leaf_b = slots_[index(b)].leaf;
-  if (leaf_a == leaf_b) {  // both in its list, if it is not the root
-    std::swap(slots_[index(a)], slots_[index(b)]);
-    return;
+  if (leaf_a != leaf_b) {  // else both are in its list, and stay
+    std::replace(leaf_a->ends.begin(), leaf_a->ends.end(), a, b);
+    std::replace(leaf_b->ends.begin(), leaf_b->ends.end(), b, a);
   }
-  std::replace(leaf_a->ends.begin(), leaf_a->ends.end(), a, b);
-  std::replace(leaf_b->ends.begin(), leaf_b->ends.end(), b, a);
   std::swap(slots_[index(a)], slots_[index(b)]);
 }
 
@@ -190,6 +188,7 @@ SeqId KvTree::slot_below(const Node* node, bool cached) const {
 // from one token, where all slots begin alike and every one of them would be compared in full.
 bool KvTree::may_be_better(const Node& run, std::span<const Token> rest, std::int32_t length,
                            bool is_cached) {
+  if (rest.empty() || run.tokens.front() != rest.front()) return false;
   const bool wins_ties = run.num_cached > 0 && !is_cached;
   const std::int32_t least = std::max(length + (wins_ties ? 0 : 1), 1);
   if (least > static_cast<std::int32_t>(rest.size())) return false;

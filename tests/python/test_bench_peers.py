@@ -758,3 +758,13 @@ def test_the_command_line_runs(model, tmp_path):
     assert "### decode-1" in result.stdout
     (run,) = load_document(file)["runs"]
     assert 0 < run["metrics"]["total_s"] < time.perf_counter() - start
+
+
+def test_programs_are_found_in_the_checkout_whatever_batchcore_is_installed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert registry.default_peers_dir() is None
+    folder = tmp_path / "build" / "peers" / "peers"
+    folder.mkdir(parents=True)
+    (folder / "llama-parallel").touch(mode=0o755)
+    places = registry.Places(registry.default_peers_dir())
+    assert list(registry.find_peers(["llama-parallel"], places).makers) == ["llama-parallel"]

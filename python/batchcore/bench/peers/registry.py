@@ -58,9 +58,8 @@ class Found:
 
 
 def default_peers_dir() -> Path | None:
-    """Where a checkout builds them; None outside of one."""
-    repository = Path(__file__).resolve().parents[4]
-    folder = repository / "build" / "peers" / "peers"
+    """Where `cmake --preset peers` leaves them, seen from the checkout; None elsewhere."""
+    folder = Path("build/peers/peers").resolve()
     return folder if folder.is_dir() else None
 
 
