@@ -31,7 +31,7 @@ from batchcore.bench.peers.pairs import Table
 from batchcore.bench.peers.process import Program, run_to_end, tail_of
 from batchcore.bench.peers.report import to_markdown
 from batchcore.bench.peers.session import Plan, Session, load_document
-from batchcore.bench.peers.targets import check_targets
+from batchcore.bench.peers.targets import check_targets, peers_of_targets
 from batchcore.bench.peers.workloads import SAMPLINGS, WORKLOADS, make_case
 from batchcore.errors import ConfigError
 from batchcore.testing import synthetic_gguf
@@ -600,6 +600,28 @@ def test_no_run_begins_when_the_time_is_up(session):
     assert "Not complete: the time was up" in to_markdown(document)
 
 
+def test_only_what_targets_compare_is_run(session):
+    session.plan = dataclasses.replace(session.plan, only_targets=True, pairs=2)
+    names = ["batchcore", "llama-server", "llama-server-kvu", "llama-batched-bench", "steady"]
+    session.peers.makers = {name: lambda name=name: FakePeer(name) for name in names}
+    ran = [(run["workload"], run["peer"]) for run in session.run()["runs"]]
+    assert sorted(ran) == sorted([("mixed", name) for name in names[:3]] * 2)
+
+
+def test_whom_the_targets_compare():
+    servers = {"batchcore", *VARIANTS}
+    gemma, other = "gemma-3-270m-q4_k_m", "SmolLM2"
+    assert peers_of_targets(other, "greedy", "shared-prefix") == servers
+    assert peers_of_targets(other, "greedy", "mixed") == servers | {"kernel-bound"}
+    sequential = {"kernel-bound", "llama-cpp-python"}
+    assert peers_of_targets(gemma, "greedy", "mixed") == servers | sequential
+    batched = {"batchcore", "llama-batched-bench"}
+    assert peers_of_targets(gemma, "sampled", "decode-8") == batched
+    assert peers_of_targets(other, "greedy", "decode-8") == batched
+    assert not peers_of_targets(other, "sampled", "decode-8")
+    assert not peers_of_targets(gemma, "greedy", "decode-1")
+
+
 def test_a_capacity_is_needed_once_for_each_model(session):
     session.plan = dataclasses.replace(session.plan, workloads=["poisson-0.5"], capacity=9.0)
     document = session.run()
@@ -758,6 +780,10 @@ def test_the_command_line_runs(model, tmp_path):
     assert "### decode-1" in result.stdout
     (run,) = load_document(file)["runs"]
     assert 0 < run["metrics"]["total_s"] < time.perf_counter() - start
+    # No target is about this workload.
+    assert CliRunner().invoke(app, [*options, "--targets"]).exit_code == 0
+    document = load_document(file)
+    assert (document["config"]["samplings"], document["runs"]) == (["greedy", "sampled"], [])
 
 
 def test_programs_are_found_in_the_checkout_whatever_batchcore_is_installed(tmp_path, monkeypatch):

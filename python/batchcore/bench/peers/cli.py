@@ -38,6 +38,9 @@ def peers(
     sampling: Annotated[
         list[str] | None, typer.Option(help="greedy or sampled (repeatable) [default: greedy]")
     ] = None,
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Only what the targets compare, greedy and sampled.")
+    ] = False,
     pairs: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     threads: Annotated[
         int | None, typer.Option(min=1, show_default="one per physical core that may be used")
@@ -98,16 +101,18 @@ def peers(
             if name not in workloads.SAMPLINGS:
                 raise ConfigError(f"there is no sampling {name!r}; there are greedy and sampled")
         names = [workloads.check_workload(name) for name in workload or workloads.WORKLOADS]
+        samplings = list(workloads.SAMPLINGS) if targets else ["greedy"]
         plan = Plan(
             models=[Model(name, progress=True) for name in model or DEFAULT_MODELS],
             workloads=names,
-            samplings=sampling or ["greedy"],
+            samplings=sampling or samplings,
             pairs=pairs,
             n_threads=threads or physical_cores(),
             seed=seed,
             capacity=capacity,
             limit_s=limit_s,
             run_limit_s=run_limit_s,
+            only_targets=targets,
         )
         session = Session(plan, found, json, say=lambda line: console.print(line, markup=False))
         # As Ctrl-C does: servers must not outlive who started them.

@@ -14,6 +14,7 @@ from batchcore.bench.environment import describe_environment, describe_model
 from batchcore.bench.peers import kernel_bound
 from batchcore.bench.peers.base import Setup
 from batchcore.bench.peers.pairs import OURS
+from batchcore.bench.peers.targets import peers_of_targets
 from batchcore.bench.peers.workloads import SAMPLINGS, is_poisson, make_case, warm_up
 from batchcore.bench.result import write_text_atomically
 from batchcore.errors import BatchcoreError, ConfigError
@@ -49,6 +50,8 @@ class Plan:
     """No run begins after this time."""
     run_limit_s: float = 300.0
     """A start or a run is given up after this time."""
+    only_targets: bool = False
+    """Whether only what `targets.TARGETS` compare is run."""
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Session:
             if any(map(is_poisson, self.plan.workloads)):
                 self._find_capacities()
             for number, model, sampling, workload in self._parts():
-                for name in self._order(number):
+                for name in self._whom(number, model, sampling, workload):
                     used_s = time.perf_counter() - start
                     if self.plan.limit_s is not None and used_s > self.plan.limit_s:
                         self._stop_early(f"the time was up after {used_s:.0f} s")
@@ -127,6 +130,14 @@ class Session:
         names = list(self.peers.makers)
         orders = interleaved_order(len(names), self.plan.pairs, seed=self.plan.seed)
         return [names[index] for index in orders[number]]
+
+    def _whom(self, number: int, model: Model, sampling: str, workload: str) -> list[str]:
+        """Who runs a workload, in the order of the round."""
+        names = self._order(number)
+        if not self.plan.only_targets:
+            return names
+        needed = peers_of_targets(_name_of(model), sampling, workload)
+        return [name for name in names if name in needed]
 
     def _run_one(self, number: int, model: Model, sampling: str, workload: str, name: str) -> None:
         capacity = self.document["capacity_requests_per_s"].get(_name_of(model))
