@@ -8,13 +8,19 @@
 namespace batchcore {
 namespace {
 
-// Prefill chunks in tokens, large enough that prefill keeps most of its throughput
-// (docs/design.md has the measurement).
+// The least prefill chunks in tokens: decoding can't starve prefill. Where no target latency asks
+// for less, chunks are so large that prefill loses nothing (docs/design.md has the measurement).
 constexpr std::int32_t kMinChunkLatency = 16;
-constexpr std::int32_t kMinChunkBalanced = 64;
+constexpr std::int32_t kMinChunkWithTarget = 64;
+constexpr std::int32_t kMinChunk = 128;
 // Steps with prefill may take this multiple of a step that decodes everybody who runs or waits for
 // a free place, where no target is given.
 constexpr double kDefaultSlowdown = 4.0;
+
+std::int32_t min_chunk(const SchedulerConfig& config) {
+  if (config.prefill_policy == PrefillPolicy::kLatency) return kMinChunkLatency;
+  return config.target_itl_s > 0 ? kMinChunkWithTarget : kMinChunk;
+}
 
 }  // namespace
 
@@ -148,9 +154,7 @@ std::int32_t Planner::prefill_budget() const {
   const auto rows = static_cast<std::int32_t>(decoding_.size());
   const std::int32_t most = unified_ ? state_.info.n_ubatch - rows : state_.info.n_ubatch;
   if (rows == 0 || config_.prefill_policy == PrefillPolicy::kThroughput) return most;
-  const std::int32_t floor = std::min(
-      config_.prefill_policy == PrefillPolicy::kLatency ? kMinChunkLatency : kMinChunkBalanced,
-      most);
+  const std::int32_t floor = std::min(min_chunk(config_), most);
   if (!state_.cost.is_ready()) return whole_groups(floor, unified_ ? rows : 0);
   StepWork work{0, rows, 0};
   for (const Sequence* sequence : decoding_) work.kv_tokens += sequence->num_tokens();

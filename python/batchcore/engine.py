@@ -110,7 +110,8 @@ class Engine:
             prefix_caching: Reuse the cells of requests that start with the same tokens.
             prefill_policy: How much prompts may slow down sequences that decode.
             target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
-                with a prompt take 4 times as long as one in which everybody decodes.
+                with a prompt take 4 times as long as one in which everybody decodes, or as long as
+                128 tokens of the prompt take.
             num_speculative_tokens: Tokens that a step may guess for each sequence, from what came
                 after the same tokens before in its prompt and output, to verify them together: up
                 to 16, 0 means none. For outputs that repeat or quote. The engine guesses only as

@@ -292,7 +292,7 @@ TEST_CASE("calls get the number of rows that is known to be faster") {
   // A prompt fills the rows by itself; the output head gets a row more.
   scene.waits(std::vector<Token>(400, 9));
   const PlannedMicroBatch batch = scene.plan().micro_batches.at(0);
-  CHECK(Scene::rows(batch) == "1x1 2x1 3x1 4x61");
+  CHECK(Scene::rows(batch) == "1x1 2x1 3x1 4x125");
   CHECK(batch.filler_slots.empty());
   CHECK(batch.num_extra_outputs == 1);
 }
@@ -344,8 +344,8 @@ TEST_CASE("a prompt's chunk is sized for the batch that builds up, not for the f
   }
   scene.runs(0, numbers(1, 4), 3);
   scene.waits(numbers(10, 600));
-  // Two will decode: 4 x 22 ms, less the 12 ms of who decodes now.
-  CHECK(Scene::rows(scene.plan().micro_batches.at(1)) == "2x76");
+  // Two will decode: 4 x 22 ms, less the 12 ms of who decodes now, is less than the least chunk.
+  CHECK(Scene::rows(scene.plan().micro_batches.at(1)) == "2x128");
   for (Token first = 1000; first < 3000; first += 1000) scene.waits(numbers(first, 600));
   // Four will: 4 x 42 ms less 12 ms.
   CHECK(Scene::rows(scene.plan().micro_batches.at(1)) == "2x156");
@@ -407,7 +407,7 @@ TEST_CASE("prompts are chunked by the target once the cost of steps is known") {
   scene.state.info.n_ubatch = 512;
   scene.runs(0, numbers(1, 3), 2);
   scene.waits(std::vector<Token>(400, 9));
-  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x63");
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x127");
   for (int i = 0; i < 40; ++i) {
     const std::int32_t prefill = 16 * (i % 9);
     const std::int32_t rows = 1 + i % 5;
