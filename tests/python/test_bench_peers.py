@@ -612,6 +612,8 @@ def test_whom_the_targets_compare():
     servers = {"batchcore", *VARIANTS}
     gemma, other = "gemma-3-270m-q4_k_m", "SmolLM2"
     assert peers_of_targets(other, "greedy", "shared-prefix") == servers
+    assert not peers_of_targets(other, "sampled", "shared-prefix")
+    assert peers_of_targets(other, "sampled", "mixed") == servers
     assert peers_of_targets(other, "greedy", "mixed") == servers | {"kernel-bound"}
     sequential = {"kernel-bound", "llama-cpp-python"}
     assert peers_of_targets(gemma, "greedy", "mixed") == servers | sequential
