@@ -782,10 +782,14 @@ def test_the_command_line_runs(model, tmp_path):
     assert "### decode-1" in result.stdout
     (run,) = load_document(file)["runs"]
     assert 0 < run["metrics"]["total_s"] < time.perf_counter() - start
-    # No target is about this workload.
-    assert CliRunner().invoke(app, [*options, "--targets"]).exit_code == 0
+    # No target is about this workload, nor is one a share of the capacity.
+    options += ["--workload", "poisson-0.5", "--workload", "decode-8", "--targets"]
+    options += ["--limit-s", "0"]
+    assert CliRunner().invoke(app, options).exit_code == 0
     document = load_document(file)
-    assert (document["config"]["samplings"], document["runs"]) == (["greedy", "sampled"], [])
+    assert document["config"]["workloads"] == ["decode-8"]
+    assert document["config"]["samplings"] == ["greedy", "sampled"]
+    assert document["capacity_requests_per_s"] == {}
 
 
 def test_programs_are_found_in_the_checkout_whatever_batchcore_is_installed(tmp_path, monkeypatch):

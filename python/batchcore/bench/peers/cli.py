@@ -81,6 +81,7 @@ def peers(
     from batchcore.bench.peers import registry, workloads  # noqa: PLC0415
     from batchcore.bench.peers.report import to_markdown  # noqa: PLC0415
     from batchcore.bench.peers.session import Plan, Session, load_document  # noqa: PLC0415
+    from batchcore.bench.peers.targets import TARGETS  # noqa: PLC0415
     from batchcore.bench.result import write_text_atomically  # noqa: PLC0415
     from batchcore.model import Model  # noqa: PLC0415
 
@@ -101,7 +102,11 @@ def peers(
             if name not in workloads.SAMPLINGS:
                 raise ConfigError(f"there is no sampling {name!r}; there are greedy and sampled")
         names = [workloads.check_workload(name) for name in workload or workloads.WORKLOADS]
-        samplings = list(workloads.SAMPLINGS) if targets else ["greedy"]
+        samplings = ["greedy"]
+        if targets:
+            with_target = {target.workload for target in TARGETS}
+            names = [name for name in names if name in with_target]
+            samplings = list(workloads.SAMPLINGS)
         plan = Plan(
             models=[Model(name, progress=True) for name in model or DEFAULT_MODELS],
             workloads=names,

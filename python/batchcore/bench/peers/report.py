@@ -73,8 +73,9 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
     yield "\n".join(lines)
     if document["stopped"]:
         yield f"**Not complete: {document['stopped']}.**"
+    rounds = "1 round" if config["pairs"] == 1 else f"{config['pairs']} rounds"
     yield (
-        f"{config['pairs']} rounds; in each, every peer runs every workload once, all of them with "
+        f"{rounds}; in each, every peer runs every workload once, all of them with "
         "the same prompts, and in the next with new ones. Where rounds are missing, it says so. "
         "Figures are medians (min..max). A ratio is batchcore's figure over the peer's within each "
         "round: above 1 is good for tokens per second, below 1 for times."
