@@ -9,7 +9,7 @@ namespace batchcore {
 namespace {
 
 // The least prefill chunks in tokens: decoding can't starve prefill. Where no target latency asks
-// for less, chunks are so large that prefill loses nothing (docs/design.md has the measurement).
+// for less, chunks are so large that prefill loses little (docs/results/engine.md).
 constexpr std::int32_t kMinChunkLatency = 16;
 constexpr std::int32_t kMinChunkWithTarget = 64;
 constexpr std::int32_t kMinChunk = 128;
