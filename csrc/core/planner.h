@@ -104,15 +104,24 @@ class Planner : private PlanDraft {
   [[nodiscard]] std::int32_t most_joint_rows() const;
   void add_decoding();
   void find_fillable();
+  void add_rider(Sequence* sequence);
   std::uint8_t& fillable(SeqId slot) { return fillable_[static_cast<std::size_t>(slot)]; }
+  Sequence*& rider(SeqId slot) { return rider_[static_cast<std::size_t>(slot)]; }
   [[nodiscard]] bool is_fillable(SeqId slot) const {
-    return fillable_[static_cast<std::size_t>(slot)] != 0;
+    const auto i = static_cast<std::size_t>(slot);
+    return fillable_[i] != 0 || rider_[i] != nullptr;
   }
   void bridge_gap(PlannedMicroBatch& batch, SeqId before, SeqId after);
   void add_filler(PlannedMicroBatch& batch, SeqId slot);
   [[nodiscard]] std::int32_t fillers_wanted(const PlannedMicroBatch& batch,
                                             std::int32_t rows) const;
-  void complete_row_groups(PlannedMicroBatch& batch);
+  void fill_up(PlannedMicroBatch& batch);
+  void add_outputs(PlannedMicroBatch& batch);
+  void add_prompts_beside();
+  void add_prompts_around();
+  [[nodiscard]] bool rides(const Sequence* sequence) const;
+  [[nodiscard]] std::int32_t num_planned(const Sequence* sequence) const;
+  [[nodiscard]] bool is_last(const PlannedRows& rows) const;
   [[nodiscard]] std::int32_t pending_after_admission(const Sequence* sequence) const;
   [[nodiscard]] std::vector<SeqId> slots_to_fill(const PlannedMicroBatch& batch,
                                                  std::int32_t wanted) const;
@@ -129,7 +138,9 @@ class Planner : private PlanDraft {
   const TierLimits& tiers_;
   const SchedulerState& state_;
   const bool unified_;
-  std::vector<std::uint8_t> fillable_;  // slots that may get a dummy row
+  std::vector<std::uint8_t> fillable_;   // slots that may get a dummy row
+  std::vector<Sequence*> rider_;         // by slot: a prompt that may get a row there instead
+  std::vector<const Sequence*> riding_;  // those that do
 };
 
 }  // namespace batchcore

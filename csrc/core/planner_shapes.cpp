@@ -16,17 +16,38 @@ void Planner::build_micro_batches() {
   find_fillable();
   if (!decoding_.empty()) add_decoding();
   add_drafts();
+  if (unified_) add_prompts_beside();
+  for (PlannedMicroBatch& batch : plan_.micro_batches) fill_up(batch);
+  if (!unified_) add_prompts_around();
+  for (PlannedMicroBatch& batch : plan_.micro_batches) add_outputs(batch);
+}
+
+// One call for all, prefill rows ride along in the matrix products of the decode rows, unless that
+// makes attention dear.
+void Planner::add_prompts_beside() {
   auto num_rows = static_cast<std::int32_t>(decoding_.size());
   for (const PlannedRows& rows : prefill_) num_rows += rows.count;
   bool is_apart = plan_.micro_batches.empty() || num_rows > most_joint_rows();
   for (const PlannedRows& rows : prefill_) {
-    // Unified: one call for all, prefill rows ride along in the matrix products of the decode
-    // rows, unless that makes attention dear. Streams are split into rectangles, so that a prompt
-    // beside others only makes more, smaller calls: each prompt gets its own.
-    if (std::exchange(is_apart, false) || !unified_) plan_.micro_batches.emplace_back();
+    if (std::exchange(is_apart, false)) plan_.micro_batches.emplace_back();
     plan_.micro_batches.back().rows.push_back(rows);
   }
-  for (PlannedMicroBatch& batch : plan_.micro_batches) complete_row_groups(batch);
+}
+
+// Streams are split into rectangles, so that a prompt beside others only makes more, smaller calls:
+// each gets its own, but for the token that rides in the call that decodes. That call comes behind
+// them, as the token is behind those of the prompt's own call; but before those whose forks take
+// slots, on which it may have dummy rows.
+void Planner::add_prompts_around() {
+  std::vector<PlannedMicroBatch> calls;
+  for (const PlannedRows& rows : prefill_) {
+    const std::int32_t count = num_planned(rows.sequence) - (rides(rows.sequence) ? 1 : 0);
+    if (count == 0) continue;
+    auto& where = rows.sequence->num_forks > 0 ? plan_.micro_batches : calls;
+    where.emplace_back();
+    where.back().rows.push_back({rows.sequence, count});
+  }
+  plan_.micro_batches.insert(plan_.micro_batches.begin(), calls.begin(), calls.end());
 }
 
 // Rows of several sequences that one call takes at most before their attention becomes dear.
@@ -54,10 +75,12 @@ void Planner::add_decoding() {
 }
 
 // A dummy row may go where it can be taken back: on an empty slot, or behind a prefix of a memory
-// that can be cut back.
+// that can be cut back. In streams the next token of a prompt may take its place.
 void Planner::find_fillable() {
   const bool can_cut = !state_.serves_whole_slots_only();
-  fillable_.assign(static_cast<std::size_t>(state_.info.num_slots), 0);
+  const auto num_slots = static_cast<std::size_t>(state_.info.num_slots);
+  fillable_.assign(num_slots, 0);
+  rider_.assign(num_slots, nullptr);
   for (SeqId slot = 0; slot < state_.info.num_slots; ++slot) {
     const KvTree::SlotState holds = state_.kv.state(slot);
     fillable(slot) =
@@ -65,53 +88,80 @@ void Planner::find_fillable() {
                                               state_.kv.length(slot) < state_.info.cells_per_slot);
   }
   for (const SeqId slot : removed_) fillable(slot) = 1;
-  for (const Sequence* sequence : state_.running) {
-    if (!is_preempted(sequence)) fillable(sequence->slot) = 0;
+  for (Sequence* sequence : state_.running) {
+    if (is_preempted(sequence)) continue;
+    fillable(sequence->slot) = 0;
+    if (!sequence->is_decoding()) add_rider(sequence);
   }
   for (const Admission& admission : plan_.admissions) fillable(admission.slot) = 0;
+  for (const PlannedRows& rows : prefill_) add_rider(rows.sequence);
+}
+
+void Planner::add_rider(Sequence* sequence) {
+  if (!unified_ && sequence->num_forks == 0) rider(slot_of(sequence)) = sequence;
 }
 
 // llama.cpp cuts a batch over streams wherever the ids have a gap, and reads all weights once
 // more for each piece.
 void Planner::bridge_gap(PlannedMicroBatch& batch, SeqId before, SeqId after) {
   const std::int32_t gap = after - before - 1;
-  if (state_.cost.is_ready() ? !state_.cost.is_cheaper_than_a_call(gap) : gap > kUsualGap) return;
+  std::int32_t num_riders = 0;
   for (SeqId slot = before + 1; slot < after; ++slot) {
-    if (fillable(slot) == 0) return;
+    if (!is_fillable(slot)) return;
+    num_riders += rider(slot) == nullptr ? 0 : 1;
+  }
+  if (state_.cost.is_ready() ? !state_.cost.is_cheaper_than_a_call(gap, num_riders)
+                             : gap > kUsualGap) {
+    return;
   }
   for (SeqId slot = before + 1; slot < after; ++slot) add_filler(batch, slot);
 }
 
 void Planner::add_filler(PlannedMicroBatch& batch, SeqId slot) {
   fillable(slot) = 0;
+  if (Sequence* sequence = std::exchange(rider(slot), nullptr); sequence != nullptr) {
+    batch.rows.push_back({sequence, 1});
+    riding_.push_back(sequence);
+    return;
+  }
   batch.filler_slots.push_back(slot);
   planned_cells_ += unified_ ? 1 : 0;
 }
 
-// Where more rows are faster, dummy rows are added to a call that only decodes, and logits that
-// nobody asks for to one that prefills: there the output head is what sees few rows.
-void Planner::complete_row_groups(PlannedMicroBatch& batch) {
+// Where more rows are faster, dummy rows are added to a call that only decodes.
+void Planner::fill_up(PlannedMicroBatch& batch) {
   auto count = static_cast<std::int32_t>(batch.filler_slots.size());
-  std::int32_t outputs = count;
-  bool has_drafts = false;
   for (const PlannedRows& rows : batch.rows) {
+    if (unified_ && !is_last(rows)) return;
+    // Streams would be cut where a dummy row is beside sequences that have more.
+    if (!unified_ && rows.num_drafts > 0) return;
     count += rows.count + rows.num_drafts;
-    outputs += rows.count == pending_after_admission(rows.sequence) ? 1 : 0;
-    outputs += rows.num_drafts;
-    has_drafts = has_drafts || rows.num_drafts > 0;
   }
-  if (outputs < count) {
-    const std::int32_t wanted = state_.row_shapes.preferred(outputs) - outputs;
-    if (outputs + wanted > state_.info.max_outputs) return;
-    batch.num_extra_outputs = std::min(wanted, count - outputs);
-    return;
-  }
-  // Streams would be cut where a dummy row is beside sequences that have more.
-  if (has_drafts && !unified_) return;
   for (const SeqId slot : slots_to_fill(batch, fillers_wanted(batch, count))) {
     add_filler(batch, slot);
   }
   std::sort(batch.filler_slots.begin(), batch.filler_slots.end());
+  if (unified_) return;
+  std::sort(batch.rows.begin(), batch.rows.end(),
+            [this](const PlannedRows& a, const PlannedRows& b) {
+              return slot_of(a.sequence) < slot_of(b.sequence);
+            });
+}
+
+// To a call with tokens of prompts, logits that nobody asks for: without them the output head sees
+// few rows. Where all have one row, it sees as many as everything before it.
+void Planner::add_outputs(PlannedMicroBatch& batch) {
+  auto count = static_cast<std::int32_t>(batch.filler_slots.size());
+  std::int32_t outputs = count;
+  bool is_rectangle = true;
+  for (const PlannedRows& rows : batch.rows) {
+    count += rows.count + rows.num_drafts;
+    outputs += rows.num_drafts + (is_last(rows) ? 1 : 0);
+    is_rectangle = is_rectangle && rows.count == 1;
+  }
+  const std::int32_t wanted = is_rectangle ? count : state_.row_shapes.preferred(outputs);
+  if (outputs == 0 || wanted > state_.info.max_outputs) return;
+  batch.num_extra_outputs = std::min(wanted, count) - outputs;
 }
 
 // Dummy rows that a call of `rows` rows, all with logits, had better have; 0 where there is no
@@ -128,6 +178,27 @@ std::int32_t Planner::pending_after_admission(const Sequence* sequence) const {
     return sequence->num_tokens() - std::max(admission.prefix_length, sequence->num_saved);
   }
   return sequence->num_pending();
+}
+
+bool Planner::rides(const Sequence* sequence) const {
+  return std::find(riding_.begin(), riding_.end(), sequence) != riding_.end();
+}
+
+// Tokens of a prompt that the step computes. The one that rides is one more than the chunk, which
+// has a size that suits the kernels, unless the chunk is all that is left.
+std::int32_t Planner::num_planned(const Sequence* sequence) const {
+  const auto chunk = std::find_if(prefill_.begin(), prefill_.end(), [&](const PlannedRows& rows) {
+    return rows.sequence == sequence;
+  });
+  const std::int32_t count = chunk == prefill_.end() ? 0 : chunk->count;
+  return std::min(count + (rides(sequence) ? 1 : 0), pending_after_admission(sequence));
+}
+
+// Whether the step samples a token behind these rows.
+bool Planner::is_last(const PlannedRows& rows) const {
+  const std::int32_t pending = pending_after_admission(rows.sequence);
+  if (!rides(rows.sequence)) return rows.count == pending;
+  return rows.count == 1 && num_planned(rows.sequence) == pending;
 }
 
 // Places for `wanted` dummy rows, or none: with fewer the call would have a shape that nobody asked

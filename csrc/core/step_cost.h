@@ -30,9 +30,11 @@ class StepCost {
   [[nodiscard]] double seconds_per_prefill_token() const;
 
   /// Whether `rows` more decode rows, which attend to nothing, take no longer than a call of its
-  /// own.
-  [[nodiscard]] bool is_cheaper_than_a_call(std::int32_t rows) const {
-    return rows * coefficients()[2] <= coefficients()[0];
+  /// own; `num_prompt_tokens` of them would have to be computed in any case.
+  [[nodiscard]] bool is_cheaper_than_a_call(std::int32_t rows,
+                                            std::int32_t num_prompt_tokens = 0) const {
+    const auto [call, prompt_token, row, attention] = coefficients();
+    return rows * row - num_prompt_tokens * prompt_token <= call;
   }
 
   /// [a, b, c, d] in seconds, for stats.

@@ -162,6 +162,13 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   if (live.empty()) return;
   add_fillers_below(state_.info.num_slots);
   batch_.add_outputs(extras.num_extra_outputs);
+  const std::int32_t num_prefill_tokens = work.prefill_tokens;
+  const std::int32_t num_decode_rows = work.decode_rows;
+  // One token of a prompt beside others costs what a row that decodes does.
+  if (std::all_of(live.begin(), live.end(),
+                  [](const PlannedRows& one) { return one.count == 1; })) {
+    work.decode_rows += std::exchange(work.prefill_tokens, 0);
+  }
 
   const double start = clock_();
   const DecodeStatus status = decode(live);
@@ -175,17 +182,19 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   drafts_pause_ = drafted_slots_.empty() ? drafts_pause_ : 0;
   if (work.prefill_tokens == 0) {
     const double attention = state_.cost.coefficients()[3] * static_cast<double>(work.kv_tokens);
-    state_.row_shapes.observe(static_cast<std::int32_t>(batch_.size()), seconds - attention);
+    if (static_cast<std::size_t>(batch_.num_outputs) == batch_.size()) {
+      state_.row_shapes.observe(batch_.num_outputs, seconds - attention);
+    }
     kv_per_row_ += 0.1 * (static_cast<double>(work.kv_tokens) / work.decode_rows - kv_per_row_);
   }
   state_.cost.observe(work, seconds);
   stats_.num_micro_batches += 1;
   stats_.num_rows += static_cast<std::int64_t>(batch_.size());
-  stats_.num_prefill_tokens += work.prefill_tokens;
-  stats_.num_decode_rows += work.decode_rows;
+  stats_.num_prefill_tokens += num_prefill_tokens;
+  stats_.num_decode_rows += num_decode_rows;
   stats_.num_filler_rows += static_cast<std::int64_t>(extras.filler_slots.size());
-  stats_.step_prefill_tokens += work.prefill_tokens;
-  stats_.step_decode_rows += work.decode_rows;
+  stats_.step_prefill_tokens += num_prefill_tokens;
+  stats_.step_decode_rows += num_decode_rows;
   stats_.step_s += seconds;
   count_padding(live, extras);
   advance(live);

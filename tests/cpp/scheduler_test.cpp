@@ -39,8 +39,8 @@ TEST_CASE("who decodes is in the step, whatever else is") {
       CHECK(Scene::rows(plan.micro_batches[0]) == "2x1 1x1 3x9");
     } else {
       REQUIRE(plan.micro_batches.size() == 2);
-      CHECK(Scene::rows(plan.micro_batches[0]) == "2x1 1x1");
-      CHECK(Scene::rows(plan.micro_batches[1]) == "3x9");
+      CHECK(Scene::rows(plan.micro_batches[0]) == "3x9");
+      CHECK(Scene::rows(plan.micro_batches[1]) == "2x1 1x1");
     }
   }
 }
@@ -345,10 +345,10 @@ TEST_CASE("a prompt's chunk is sized for the batch that builds up, not for the f
   scene.runs(0, numbers(1, 4), 3);
   scene.waits(numbers(10, 600));
   // Two will decode: 4 x 22 ms, less the 12 ms of who decodes now.
-  CHECK(Scene::rows(scene.plan().micro_batches.at(1)) == "2x152");
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "2x152");
   for (Token first = 1000; first < 3000; first += 1000) scene.waits(numbers(first, 600));
   // Four will: 4 x 42 ms less 12 ms.
-  CHECK(Scene::rows(scene.plan().micro_batches.at(1)) == "2x312");
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "2x312");
 }
 
 TEST_CASE("gaps between busy streams are bridged by dummy rows, as far as that pays") {
@@ -378,6 +378,63 @@ TEST_CASE("gaps between busy streams are bridged by dummy rows, as far as that p
   SUBCASE("not where a dummy row could not be taken back") {
     scene.state.info.memory = MemoryKind::kRecurrent;
     CHECK(scene.plan().micro_batches.at(0).filler_slots.empty());
+  }
+}
+
+TEST_CASE("a prompt's token takes the place of a dummy row in a call over streams") {
+  Scene scene(KvLayout::kStreams, 16 * 64, 16);
+  scene.state.info.max_outputs = 16;
+  const auto calls = [&] {
+    std::string text;
+    for (const PlannedMicroBatch& batch : scene.plan().micro_batches) {
+      if (!text.empty()) text += " | ";
+      text += Scene::rows(batch);
+      for (const SeqId slot : batch.filler_slots) text += " slot " + std::to_string(slot);
+      if (batch.num_extra_outputs > 0) text += " +" + std::to_string(batch.num_extra_outputs);
+    }
+    return text;
+  };
+  scene.runs(0, numbers(1, 4), 3);
+  SUBCASE("in a gap, which would cut the call") {
+    Sequence& prompt = scene.runs(1, numbers(1, 40), 4);
+    scene.runs(2, numbers(1, 4), 3);
+    SUBCASE("beyond the chunk, with logits that nobody asks for") {
+      CHECK(calls() == "2x16 | 1x1 2x1 3x1 +1");
+    }
+    SUBCASE("as the last of the prompt, whose own call then has no logits") {
+      prompt.num_computed = 30;
+      CHECK(calls() == "2x9 | 1x1 2x1 3x1");
+      prompt.num_computed = 23;  // a token more than the chunk
+      CHECK(calls() == "2x16 | 1x1 2x1 3x1");
+    }
+    SUBCASE("though the step has no chunk of it") {
+      Sequence& other = scene.runs(3, numbers(1, 40), 4);
+      CHECK(calls() == "2x16 | 1x1 2x1 3x1 +1");
+      std::swap(scene.state.running[1], scene.state.running[3]);
+      CHECK(calls() == "4x16 | 1x1 2x1 3x1 +1");
+      CHECK(other.slot == 3);
+    }
+    SUBCASE("not one that is to be forked: its siblings take slots, dummy rows and all") {
+      prompt.num_forks = 2;
+      CHECK(calls() == "1x1 3x1 | 2x16");
+    }
+  }
+  SUBCASE("among idle slots") {
+    scene.runs(2, numbers(1, 40), 4);
+    scene.runs(4, numbers(1, 4), 3);
+    CHECK(calls() == "2x16 | 1x1 2x1 3x1 slot 1 slot 3 +1");
+  }
+  SUBCASE("beside the others, where more rows are faster") {
+    scene.runs(1, numbers(1, 4), 3);
+    scene.runs(2, numbers(1, 4), 3);
+    scene.waits(numbers(60, 10));
+    scene.config.max_num_seqs = 4;
+    CHECK(calls() == "4x10 | 1x1 2x1 3x1");
+    for (int i = 0; i < 5; ++i) {
+      scene.state.row_shapes.observe(3, 0.060);
+      scene.state.row_shapes.observe(4, 0.048);
+    }
+    CHECK(calls() == "4x9 | 1x1 2x1 3x1 4x1");
   }
 }
 
