@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 from batchcore import Model
 from batchcore.bench.metrics import RequestRecord
-from batchcore.bench.peers.kernel_bound import ShapeTable, bound_s, measure_shapes, occupancy
+from batchcore.bench.peers.kernel_bound import (
+    ShapeTable,
+    bound_s,
+    measure_shapes,
+    occupancy,
+    positions,
+)
 from batchcore.testing import synthetic_gguf
 
-TABLE = ShapeTable(0.001, {1: 0.010, 4: 0.020, 8: 0.060, 12: 0.048})
+TABLE = ShapeTable(0.001, 1e-6, {1: 0.010, 4: 0.020, 8: 0.060, 12: 0.048})
 
 
 def record(index: int, due_s: float, ttft_s: float, itl_s: tuple[float, ...]) -> RequestRecord:
@@ -54,7 +61,15 @@ def test_occupancy_counts_who_decodes_when_a_token_comes() -> None:
 
 
 def test_bound_adds_prompts_and_tokens_up() -> None:
-    assert bound_s(TABLE, 500, {1: 10, 12: 24}) == pytest.approx(0.5 + 0.1 + 24 * 0.004)
+    assert bound_s(TABLE, 500, 100_000, {1: 10, 12: 24}) == pytest.approx(
+        0.5 + 0.1 + 0.1 + 24 * 0.004
+    )
+
+
+def test_positions_of_tokens_that_were_computed() -> None:
+    whole = record(0, 0.0, 1.0, ())  # 10 tokens: 0 + 1 + … + 9
+    cached = dataclasses.replace(whole, num_cached_tokens=7)
+    assert positions([whole, cached]) == 45 + 7 + 8 + 9
 
 
 def test_shapes_are_measured_with_llama_cpp(tmp_path: Path) -> None:
@@ -65,8 +80,10 @@ def test_shapes_are_measured_with_llama_cpp(tmp_path: Path) -> None:
         rows=(1, 2),
         chunks=(4, 8),
         context_tokens=8,
+        depth=8,
         repetitions=1,
     )
-    assert table.prefill_s_per_token > 0
+    assert math.isfinite(table.prefill_s_per_token)
+    assert table.attention_s_per_position >= 0
     assert table.decode_s.keys() == {1, 2}
     assert all(math.isfinite(time) and time > 0 for time in table.decode_s.values())

@@ -12,7 +12,7 @@ from batchcore import _core
 from batchcore.bench.load import LoadResult
 from batchcore.bench.metrics import RequestRecord
 from batchcore.bench.peers.base import Measurement, Peer, PeerError, Setup
-from batchcore.bench.peers.kernel_bound import occupancy
+from batchcore.bench.peers.kernel_bound import occupancy, positions
 from batchcore.bench.peers.lines import LineProgram
 from batchcore.bench.peers.measure import measure
 
@@ -80,6 +80,7 @@ class BatchcorePeer(Peer):
             found = measure(result, case, self._program.peak_rss_bytes())
         except PeerError as error:
             raise self._program.failure(str(error)) from None
+        found.details["sum_of_positions"] = positions(result.records)
         found.details["tokens_by_rows"] = {
             str(rows): count for rows, count in occupancy(result.records).items()
         }

@@ -1,11 +1,12 @@
 """The time that the kernels alone would take for a run, at the best rates of their shapes.
 
-    bound = prompt tokens x best seconds per prompt token
+    bound = sum over prompt tokens of p + q * position
           + sum over output tokens of t(n) / n, for n sequences that decode while it is made
 
-t(n) is the shortest decode call with n rows or more (a call may be filled up). Rates are measured
-with llama.cpp itself, in the same round as the run; occupancy is the run's own, so the bound says
-nothing about whether more sequences could have decoded together.
+p and q are what a token of a prompt costs in the best of several chunks, and what each token before
+it adds to that in attention. t(n) is the shortest decode call with n rows or more (a call may be
+filled up). Rates are measured with llama.cpp itself, in the same round as the run; occupancy is the
+run's own, so the bound says nothing about whether more sequences could have decoded together.
 """
 
 from __future__ import annotations
@@ -30,13 +31,23 @@ if TYPE_CHECKING:
     from batchcore.bench.peers.base import Setup
     from batchcore.bench.peers.workloads import Case
 
-__all__ = ["NAME", "KernelBound", "ShapeTable", "bound_s", "measure_shapes", "occupancy"]
+__all__ = [
+    "NAME",
+    "KernelBound",
+    "ShapeTable",
+    "bound_s",
+    "measure_shapes",
+    "occupancy",
+    "positions",
+]
 
 NAME = "kernel-bound"
 CONTEXT_TOKENS = 256
 """Of each sequence that decodes: about the mean of `mixed`."""
 _ROWS = (1, 2, 4, 8, 12, 16)
 _CHUNKS = (64, 128, 256, 512)
+_DEPTH = 512
+"""Where chunks begin that show what attention adds."""
 _REPETITIONS = 3
 
 
@@ -45,7 +56,9 @@ class ShapeTable:
     """What calls take, in seconds."""
 
     prefill_s_per_token: float
-    """In the best of the chunks."""
+    """At the beginning of a prompt, in the best of the chunks."""
+    attention_s_per_position: float
+    """What a token of a prompt costs more for each one before it."""
     decode_s: Mapping[int, float]
     """Of a call in which as many sequences decode."""
 
@@ -80,16 +93,28 @@ def occupancy(records: Iterable[RequestRecord]) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def bound_s(table: ShapeTable, num_prompt_tokens: int, tokens_by_rows: Mapping[int, int]) -> float:
+def bound_s(
+    table: ShapeTable,
+    num_prompt_tokens: int,
+    sum_of_positions: int,
+    tokens_by_rows: Mapping[int, int],
+) -> float:
     """Seconds that a run would have taken in the best shapes.
 
     Args:
         table: Measured near the run.
         num_prompt_tokens: Those that were computed.
+        sum_of_positions: Of these tokens; see `positions`.
         tokens_by_rows: See `occupancy`.
     """
     decode = sum(count * table.seconds_per_token(rows) for rows, count in tokens_by_rows.items())
-    return num_prompt_tokens * table.prefill_s_per_token + decode
+    prefill = num_prompt_tokens * table.prefill_s_per_token
+    return prefill + sum_of_positions * table.attention_s_per_position + decode
+
+
+def positions(records: Iterable[RequestRecord]) -> int:
+    """Sum over all prompt tokens that were computed, of how many come before each."""
+    return sum(sum(range(record.num_cached_tokens, record.num_prompt_tokens)) for record in records)
 
 
 def measure_shapes(
@@ -99,28 +124,36 @@ def measure_shapes(
     rows: Sequence[int] = _ROWS,
     chunks: Sequence[int] = _CHUNKS,
     context_tokens: int = CONTEXT_TOKENS,
+    depth: int = _DEPTH,
     repetitions: int = _REPETITIONS,
 ) -> ShapeTable:
     """Time calls of llama.cpp in the layout that is fastest on a CPU, a stream per sequence."""
     most = max(rows)
     with Context(
         model,
-        n_ctx=(most + 1) * max(context_tokens + 256, *chunks),
-        n_seq_max=most + 1,
+        n_ctx=(most + 2) * (max(context_tokens, depth) + max(256, *chunks)),
+        n_seq_max=most + 2,
         n_ubatch=max(*chunks, most),
-        n_outputs_max=most + 1,
+        n_outputs_max=most + 2,
         n_threads=n_threads,
         n_threads_batch=n_threads,
         kv_layout="streams",
     ) as context:
         for seq_id in range(most):
             context.decode(_prompt(seq_id, context_tokens))
+        deep = most + 1
+        context.decode(_prompt(deep, depth))
         prefill: dict[int, list[float]] = {chunk: [] for chunk in chunks}
+        added: list[float] = []
         decode: dict[int, list[float]] = {count: [] for count in rows}
         for _ in range(repetitions):
             for chunk in chunks:
-                prefill[chunk].append(_time(context, _prompt(most, chunk)) / chunk)
+                first_s = _time(context, _prompt(most, chunk))
                 context.seq_rm(most)
+                deep_s = _time(context, _prompt(deep, chunk, depth))
+                context.seq_rm(deep, depth)
+                prefill[chunk].append(first_s / chunk)
+                added.append((deep_s - first_s) / (chunk * depth))
             for count in rows:
                 batch = Batch()
                 for seq_id in range(count):
@@ -128,8 +161,13 @@ def measure_shapes(
                 decode[count].append(_time(context, batch))
                 for seq_id in range(count):
                     context.seq_rm(seq_id, context_tokens)
+    attention_s = max(statistics.median(added), 0.0)
     return ShapeTable(
-        min(statistics.median(times) for times in prefill.values()),
+        min(
+            statistics.median(times) - attention_s * (chunk - 1) / 2
+            for chunk, times in prefill.items()
+        ),
+        attention_s,
         {count: statistics.median(times) for count, times in decode.items()},
     )
 
@@ -162,17 +200,23 @@ class KernelBound(Peer):
             "prefill_tokens_per_s": 1 / table.prefill_s_per_token,
             "total_s": None,
         }
-        return Measurement(metrics, {"decode_s": {str(n): t for n, t in table.decode_s.items()}})
+        return Measurement(
+            metrics,
+            {
+                "attention_s_per_position": table.attention_s_per_position,
+                "decode_s": {str(n): t for n, t in table.decode_s.items()},
+            },
+        )
 
     def stop(self) -> None:
         """Nothing is left."""
 
 
-def _prompt(seq_id: int, count: int) -> Batch:
+def _prompt(seq_id: int, count: int, first: int = 0) -> Batch:
     # Any tokens do; the last asks for logits, as that of a prompt does.
     wanted = [False] * (count - 1) + [True]
     return Batch.from_arrays(
-        [1 + i % 97 for i in range(count)], range(count), [seq_id] * count, wanted
+        [1 + i % 97 for i in range(count)], range(first, first + count), [seq_id] * count, wanted
     )
 
 

@@ -188,12 +188,14 @@ class Session:
             return
         table = kernel_bound.ShapeTable(
             1 / shapes["metrics"]["prefill_tokens_per_s"],
+            shapes["details"]["attention_s_per_position"],
             {int(rows): seconds for rows, seconds in shapes["details"]["decode_s"].items()},
         )
         done = ours["metrics"]
         shapes["metrics"]["total_s"] = kernel_bound.bound_s(
             table,
             done["num_prompt_tokens"] - done["num_cached_tokens"],
+            ours["details"]["sum_of_positions"],
             {int(rows): count for rows, count in ours["details"]["tokens_by_rows"].items()},
         )
         self.save()
