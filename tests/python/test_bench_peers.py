@@ -640,8 +640,9 @@ def test_batchcore_runs_for_real(model, tmp_path):
     for run in document["runs"]:
         metrics = run["metrics"]
         assert (metrics["num_failed"], metrics["num_output_tokens"]) == (0, 2 * 64)
-        assert metrics["decode_tokens_per_s"] > 0
-        assert metrics["full_decode_tokens_per_s"] > 0
+        # A reader that comes late to so small a model gets all tokens at once, which is no rate.
+        for name in ("decode_tokens_per_s", "full_decode_tokens_per_s"):
+            assert metrics[name] is None or metrics[name] > 0
     assert len(lines) == 4
     assert "tiny greedy decode-2 1/1 batchcore: " in "\n".join(lines)
 

@@ -21,6 +21,7 @@ __all__ = ["METRICS", "decode_rate", "measure", "token_times_s"]
 METRICS = {
     "output_tokens_per_s": "output tok/s",
     "decode_tokens_per_s": "decode tok/s",
+    "full_decode_tokens_per_s": "with all",
     "total_s": "total s",
     "p50_ttft_ms": "TTFT p50 ms",
     "p95_ttft_ms": "TTFT p95 ms",

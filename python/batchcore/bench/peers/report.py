@@ -16,11 +16,23 @@ if TYPE_CHECKING:
 
 __all__ = ["to_markdown"]
 
-_THROUGHPUT = ("output_tokens_per_s", "decode_tokens_per_s", "total_s")
+_THROUGHPUT = (
+    "output_tokens_per_s",
+    "decode_tokens_per_s",
+    "full_decode_tokens_per_s",
+    "total_s",
+)
 _COST = ("num_failed", "peak_rss_bytes")
 _LATENCY = ("p50_ttft_ms", "p95_ttft_ms", "p50_itl_ms", "p95_itl_ms", "p99_itl_ms", "max_itl_ms")
 _WITH_RATIO = frozenset(
-    ("output_tokens_per_s", "decode_tokens_per_s", "total_s", "p95_ttft_ms", "p99_itl_ms")
+    (
+        "output_tokens_per_s",
+        "decode_tokens_per_s",
+        "full_decode_tokens_per_s",
+        "total_s",
+        "p95_ttft_ms",
+        "p99_itl_ms",
+    )
 )
 _NOTES = {
     "kernel-bound": "is no program: what llama.cpp's calls of our run take at their best",
