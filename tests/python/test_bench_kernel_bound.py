@@ -83,7 +83,7 @@ def test_shapes_are_measured_with_llama_cpp(tmp_path: Path) -> None:
         depth=8,
         repetitions=1,
     )
-    assert math.isfinite(table.prefill_s_per_token)
+    assert table.prefill_s_per_token > 0
     assert table.attention_s_per_position >= 0
     assert table.decode_s.keys() == {1, 2}
     assert all(math.isfinite(time) and time > 0 for time in table.decode_s.values())

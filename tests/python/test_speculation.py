@@ -82,13 +82,15 @@ def assert_same(outputs, expected):
 
 @pytest.mark.parametrize("layout", ["unified", "streams"])
 def test_a_loop_takes_fewer_steps(model, layout):
-    expected, outputs, stats = run_both(
-        model, prompts(1), repeating(1, 120), max_num_seqs=1, kv_layout=layout
-    )
-    assert_same(outputs, expected)
-    assert outputs[0].outputs[0].token_ids == [100] * 120
-    # How many pay is decided by how long calls take.
-    assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
+    for _ in range(3):  # a busy moment may say that drafts do not pay
+        expected, outputs, stats = run_both(
+            model, prompts(1), repeating(1, 120), max_num_seqs=1, kv_layout=layout
+        )
+        assert_same(outputs, expected)
+        assert outputs[0].outputs[0].token_ids == [100] * 120
+        if stats.num_accepted_tokens > 40:
+            break
+    assert 40 < stats.num_accepted_tokens <= stats.num_draft_tokens
     assert stats.num_generated_tokens == 120
     assert stats.num_steps <= 121 - stats.num_accepted_tokens
 

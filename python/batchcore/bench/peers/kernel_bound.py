@@ -161,12 +161,12 @@ def measure_shapes(
                 decode[count].append(_time(context, batch))
                 for seq_id in range(count):
                     context.seq_rm(seq_id, context_tokens)
-    attention_s = max(statistics.median(added), 0.0)
+    per_token = {chunk: statistics.median(times) for chunk, times in prefill.items()}
+    # Noise in small models must not leave less than half of a chunk's time for all the rest.
+    limit = min(per_token.values()) / max(chunks)
+    attention_s = min(max(statistics.median(added), 0.0), limit)
     return ShapeTable(
-        min(
-            statistics.median(times) - attention_s * (chunk - 1) / 2
-            for chunk, times in prefill.items()
-        ),
+        min(time - attention_s * (chunk - 1) / 2 for chunk, time in per_token.items()),
         attention_s,
         {count: statistics.median(times) for count, times in decode.items()},
     )
