@@ -180,17 +180,20 @@ def test_limits_and_stops_in_the_middle_of_an_accepted_run(llama):
         assert text == llama.detokenize([100] * 60)
         for length in range(20, 32):
             before = drafting.stats().num_accepted_tokens
-            out = drafting.generate(prompts(1), repeating(1, length))[0].outputs[0]
-            assert out.token_ids == [100] * length
-            assert out.finish_reason == "length"
-            stop = text[: len(text) * length // 60]
-            out = drafting.generate(prompts(1), repeating(1, 200, stop=stop))[0].outputs[0]
-            assert (out.text, out.finish_reason, out.stop_reason) == ("", "stop", stop)
-            assert out.token_ids == [100] * length
-            params = repeating(1, 200, stop_token_ids=[100], min_tokens=length)
-            out = drafting.generate(prompts(1), params)[0].outputs[0]
-            assert out.finish_reason == "stop"
-            assert out.token_ids[-1] == 100
+            for _ in range(3):  # a busy moment may say that drafts do not pay
+                out = drafting.generate(prompts(1), repeating(1, length))[0].outputs[0]
+                assert out.token_ids == [100] * length
+                assert out.finish_reason == "length"
+                stop = text[: len(text) * length // 60]
+                out = drafting.generate(prompts(1), repeating(1, 200, stop=stop))[0].outputs[0]
+                assert (out.text, out.finish_reason, out.stop_reason) == ("", "stop", stop)
+                assert out.token_ids == [100] * length
+                params = repeating(1, 200, stop_token_ids=[100], min_tokens=length)
+                out = drafting.generate(prompts(1), params)[0].outputs[0]
+                assert out.finish_reason == "stop"
+                assert out.token_ids[-1] == 100
+                if drafting.stats().num_accepted_tokens > before:
+                    break
             assert drafting.stats().num_accepted_tokens > before
 
 
