@@ -155,7 +155,7 @@ void bind_engine(py::module_& m) {
       .def(py::init(&sampling_params), py::arg("values"));
 
   py::class_<Notifier, std::shared_ptr<Notifier>>(m, "Notifier",
-                                                  "Wakes an event loop once per step.")
+                                                  "Wakes an event loop once per decode call.")
       .def(py::init<>())
       .def_property_readonly("fd", &Notifier::fd)
       .def("take", &Notifier::take, ReleaseGil());

@@ -195,7 +195,7 @@ void Engine::fail_all(const std::exception_ptr& error) {
   // In the order in which they came: so are they tried again elsewhere.
   std::sort(open.begin(), open.end(), [](const auto* a, const auto* b) { return a->id < b->id; });
   for (EngineRequest* request : open) finish_request(*request, FinishReason::kError, error);
-  publish();
+  publish(true);
 }
 
 void Engine::close() {

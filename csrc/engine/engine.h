@@ -204,7 +204,7 @@ class Engine {
   void drop_pin(SeqId slot);
   [[nodiscard]] bool is_pinned(RequestId id) const;
   void mark_news(EngineRequest& request);
-  std::vector<RequestId> publish();
+  void publish(bool ends_step);
   void update_stats();
   void count_tiers();
   void check_integrity() const;
@@ -251,6 +251,7 @@ class Engine {
   BatchSizeController batch_size_;
   double kv_per_row_ = 0.0;  // recently, of decode rows
   std::vector<EngineRequest*> news_;
+  std::vector<RequestId> published_;  // in this step
   MicroBatch batch_;
   std::vector<SampledRow> sampled_rows_;
   std::vector<SeqId> drafted_slots_;    // of this call

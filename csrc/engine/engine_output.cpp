@@ -149,15 +149,22 @@ void Engine::mark_news(EngineRequest& request) {
   news_.push_back(&request);
 }
 
-std::vector<RequestId> Engine::publish() {
+// After each call of a step, so that nobody waits for a call that others need. Whoever is done
+// stays until the step ends, since the plan names its sequences.
+void Engine::publish(bool ends_step) {
+  if (!ends_step && news_.empty()) return;
   const double start = clock_();
   // Before the channels: who sees a request end must find it in the counters.
-  update_stats();
-  std::vector<RequestId> published;
+  if (ends_step) update_stats();
+  std::vector<EngineRequest*> kept;
   std::vector<std::shared_ptr<Notifier>> notifiers;
   for (EngineRequest* request : news_) {
-    request->has_news = false;
     const bool done = request->num_unfinished == 0;
+    if (done && !ends_step) {
+      kept.push_back(request);
+      continue;
+    }
+    request->has_news = false;
     if (!done && !request->spec.streams) continue;
     RequestUpdate update;
     for (const auto& sequence : request->sequences) {
@@ -171,7 +178,9 @@ std::vector<RequestId> Engine::publish() {
     update.metrics = request->metrics;
     if (done && (num_open_ -= 1) == 0) tell_room_watchers();
     request->channel->publish(std::move(update));
-    published.push_back(request->id);
+    if (std::find(published_.begin(), published_.end(), request->id) == published_.end()) {
+      published_.push_back(request->id);
+    }
     const std::shared_ptr<Notifier>& notifier = request->spec.notifier;
     if (notifier != nullptr &&
         std::find(notifiers.begin(), notifiers.end(), notifier) == notifiers.end()) {
@@ -179,10 +188,9 @@ std::vector<RequestId> Engine::publish() {
     }
     if (done) requests_.erase(request->id);
   }
-  news_.clear();
+  news_ = std::move(kept);
   for (const auto& notifier : notifiers) notifier->wake();
   stats_.seconds.publish += clock_() - start;
-  return published;
 }
 
 void Engine::update_stats() {

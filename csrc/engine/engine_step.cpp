@@ -44,7 +44,8 @@ std::vector<RequestId> Engine::run_step() {
   }
   did_wait_ = !state_.waiting.empty() && idle_until() <= start;
   if (config_.check_integrity) check_integrity();
-  return publish();
+  publish(true);
+  return std::exchange(published_, {});
 }
 
 // Time in which nobody waited, or for something else than room, says nothing about the queue.
@@ -115,6 +116,7 @@ void Engine::run_micro_batches(const StepPlan& plan) {
     if (closing_) return;
     run_micro_batch(together,
                     together.size() == planned.rows.size() ? planned : PlannedMicroBatch{});
+    if (&planned != &plan.micro_batches.back()) publish(false);
   }
 }
 

@@ -1,5 +1,5 @@
-// Wakes an event loop through a file descriptor: once per step however many requests have news, and
-// not again until the loop has taken them.
+// Wakes an event loop through a file descriptor: once per decode call however many requests have
+// news, and not again until the loop has taken them.
 #pragma once
 
 #include <mutex>
@@ -22,7 +22,7 @@ class Notifier {
 
   /// Engine thread: `id` has news. The loop is woken by the next wake().
   void mark(RequestId id);
-  /// Engine thread, at the end of a step.
+  /// Engine thread, when all with news are marked.
   void wake();
   /// The requests with news since the last call; makes fd() unreadable. The loop's thread.
   [[nodiscard]] std::vector<RequestId> take();

@@ -40,7 +40,7 @@ struct RequestSpec {
   std::string user;                       ///< whose share of the engine it counts against
   std::optional<double> timeout_s;        ///< from submit, in the queue and while running
   std::optional<double> queue_timeout_s;  ///< from submit, while it was never admitted
-  bool streams = false;                   ///< publish after every step, not just at the end
+  bool streams = false;                   ///< publish after every call, not just at the end
   bool pins = false;                      ///< its prompt stays in the KV memory until unpin()
   std::shared_ptr<Notifier> notifier;     ///< told when there is something to take; may be null
 };

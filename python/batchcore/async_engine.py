@@ -38,8 +38,8 @@ _ROOM_NEWS = 0  # Engine::kRoomNews
 class AsyncEngine:
     """An `Engine` whose results come through an event loop. An async context manager.
 
-    The loop is woken once per step, by a file descriptor, however many requests have news. Works
-    with asyncio and uvloop. Belongs to the event loop that first uses it.
+    The loop is woken once per decode call, by a file descriptor, however many requests have news.
+    Works with asyncio and uvloop. Belongs to the event loop that first uses it.
     """
 
     def __init__(self, model: str | os.PathLike[str] | Model | Engine, **options: Any) -> None:

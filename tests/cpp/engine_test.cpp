@@ -175,6 +175,39 @@ TEST_CASE("decoding sequences are in every step while a long prompt is taken in 
   }
 }
 
+TEST_CASE("a first token does not wait for the calls that the step still makes") {
+  SimOptions options;
+  options.layout = KvLayout::kStreams;
+  options.num_slots = 4;
+  auto owned = std::make_unique<FaultyBackend>(sim_info(options), options.cost);
+  FaultyBackend* backend = owned.get();
+  SimEngine sim(std::move(owned), options);
+  RequestSpec spec = request({1, 2, 3}, 20);
+  spec.sampling.ignore_eos = true;
+  spec.streams = true;
+  (void)sim.engine.submit(spec);
+  sim.engine.step();
+  spec.prompt = {4, 5, 6};
+  const auto arriving = sim.engine.submit(spec);
+  spec.prompt = {7, 8, 9};
+  spec.sampling.max_tokens = 1;
+  const auto brief = sim.engine.submit(spec);
+  int num_calls = 0;
+  backend->fault = [&](const MicroBatch& batch) {
+    num_calls += 1;
+    if (batch.seq_ids.front() == 0) {  // the first one decodes, behind the prompts
+      CHECK(arriving->take());
+      // Who is done keeps its place in the plan.
+      CHECK_FALSE(brief->is_finished());
+    }
+    return DecodeStatus::kOk;
+  };
+  CHECK(sim.engine.step().size() == 3);
+  CHECK(num_calls == 3);
+  CHECK_FALSE(arriving->take());
+  CHECK(brief->is_finished());
+}
+
 TEST_CASE("a system prompt that many share is computed once") {
   SimOptions options;
   options.num_cells = 2048;
