@@ -24,6 +24,11 @@ SplitMode split_mode(const std::string& name) {
   throw ConfigError("split_mode must be none, layer or row, not '" + name + "'");
 }
 
+bool uses_kernels(const std::string& name) {
+  if (name == "auto" || name == "ggml") return name == "auto";
+  throw ConfigError("kernels must be auto or ggml, not '" + name + "'");
+}
+
 const char* memory_kind_name(MemoryKind kind) {
   switch (kind) {
     case MemoryKind::kNone:
@@ -75,7 +80,8 @@ std::shared_ptr<LlamaModel> load(const std::string& path, std::int32_t n_gpu_lay
                                  bool use_mlock, std::vector<std::string> devices,
                                  const std::string& split, std::int32_t main_gpu,
                                  std::vector<float> tensor_split, bool vocab_only,
-                                 bool check_tensors, py::object progress) {
+                                 bool check_tensors, const std::string& kernels,
+                                 py::object progress) {
   ProgressReporter reporter(std::move(progress));
   ModelParams params{
       .path = path,
@@ -88,6 +94,7 @@ std::shared_ptr<LlamaModel> load(const std::string& path, std::int32_t n_gpu_lay
       .tensor_split = std::move(tensor_split),
       .vocab_only = vocab_only,
       .check_tensors = check_tensors,
+      .use_kernels = uses_kernels(kernels),
       .progress = [&reporter](float fraction) { return reporter(fraction); },
   };
   try {
@@ -152,8 +159,9 @@ void bind_model(py::module_& m) {
            py::arg("devices") = std::vector<std::string>(), py::arg("split_mode") = "layer",
            py::arg("main_gpu") = 0, py::arg("tensor_split") = std::vector<float>(),
            py::arg("vocab_only") = false, py::arg("check_tensors") = false,
-           py::arg("progress") = py::none())
+           py::arg("kernels") = "auto", py::arg("progress") = py::none())
       .def_property_readonly("path", [](const LlamaModel& model) { return model.params().path; })
+      .def_property_readonly("kernels", &LlamaModel::kernels)
       .def_property_readonly("description", &LlamaModel::description)
       .def_property_readonly("architecture", &LlamaModel::architecture)
       .def_property_readonly("metadata", &metadata)

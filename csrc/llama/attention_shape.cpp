@@ -2,13 +2,12 @@
 
 // Upstream's internal headers, at the pinned commit: the public API does not say how far the cells
 // in use reach, which is what every row of a call goes over.
-#include <../src/llama-kv-cache-iswa.h>
 #include <../src/llama-kv-cache.h>
 #include <../src/llama-kv-cells.h>
-#include <../src/llama-memory-hybrid-iswa.h>
-#include <../src/llama-memory-hybrid.h>
 
 #include <algorithm>
+
+#include "llama/kv_caches.h"
 
 namespace batchcore {
 namespace {
@@ -34,32 +33,16 @@ std::int64_t cells_per_row(const llama_kv_cache& cache, const MicroBatch& batch)
   return cells;
 }
 
-void add(const llama_kv_cache& cache, const MicroBatch& batch, std::int32_t& num_layers,
-         AttentionShape& shape) {
-  const auto layers = static_cast<std::int32_t>(cache.get_layer_ids().size());
-  num_layers += layers;
-  shape.computed_per_row += layers * cells_per_row(cache, batch);
-}
-
 }  // namespace
 
 AttentionShape attention_shape(llama_memory_i* memory, const MicroBatch& batch,
                                std::int32_t window) {
   AttentionShape shape;
   shape.window = window;
-  const llama_kv_cache* full = nullptr;
-  const llama_kv_cache_iswa* windowed = dynamic_cast<llama_kv_cache_iswa*>(memory);
-  if (const auto* hybrid = dynamic_cast<llama_memory_hybrid*>(memory)) {
-    full = hybrid->get_mem_attn();
-  } else if (const auto* both = dynamic_cast<llama_memory_hybrid_iswa*>(memory)) {
-    windowed = both->get_mem_attn();
-  } else {
-    full = dynamic_cast<llama_kv_cache*>(memory);
-  }
-  if (full != nullptr) add(*full, batch, shape.num_full_layers, shape);
-  if (windowed != nullptr) {
-    add(*windowed->get_base(), batch, shape.num_full_layers, shape);
-    add(*windowed->get_swa(), batch, shape.num_window_layers, shape);
+  for (const KvCacheRef& ref : kv_caches(memory)) {
+    const auto num_layers = static_cast<std::int32_t>(ref.cache->get_layer_ids().size());
+    (ref.is_windowed ? shape.num_window_layers : shape.num_full_layers) += num_layers;
+    shape.computed_per_row += num_layers * cells_per_row(*ref.cache, batch);
   }
   return shape;
 }

@@ -15,6 +15,7 @@
 
 #include "core/errors.h"
 #include "llama/cpu_count.h"
+#include "llama/kv_caches.h"
 #include "llama/llama_log.h"
 #include "llama/memory_guard.h"
 
@@ -118,6 +119,9 @@ Context::Context(std::shared_ptr<const LlamaModel> model, const ContextParams& p
   try {
     create(params_);
     attach_threads();
+    if (model_->uses_kernels()) {
+      attention_kernels_ = use_attention_kernels(llama_get_memory(context_));
+    }
   } catch (...) {
     close();
     throw;
@@ -127,6 +131,7 @@ Context::Context(std::shared_ptr<const LlamaModel> model, const ContextParams& p
 Context::~Context() { close(); }
 
 void Context::close() {
+  attention_kernels_.clear();
   // The context waits for its last graph, which still runs on the threads.
   if (context_ != nullptr) llama_free(context_);
   if (threads_ != nullptr) ggml_threadpool_free(threads_);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/types.h"
+#include "kernels/seam.h"
 #include "llama/llama_model.h"
 
 struct ggml_threadpool;
@@ -99,6 +100,7 @@ class Context {
   std::atomic<bool> interrupted_{false};
   ggml_threadpool* threads_ = nullptr;
   llama_context* context_ = nullptr;
+  std::vector<std::unique_ptr<kernels::CacheScope>> attention_kernels_;
 };
 
 }  // namespace batchcore

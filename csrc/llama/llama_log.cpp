@@ -10,6 +10,8 @@
 #include <string_view>
 #include <utility>
 
+#include "kernels/seam.h"
+
 namespace batchcore {
 namespace {
 
@@ -114,6 +116,7 @@ void init_llama() {
   static std::once_flag once;
   std::call_once(once, [] {
     llama_log_set(&on_log, nullptr);
+    kernels::install();  // before any model is loaded
     llama_backend_init();
   });
 }

@@ -14,8 +14,11 @@
 #include <system_error>
 
 #include "core/errors.h"
+#include "kernels/seam.h"
+#include "llama/cpu_count.h"
 #include "llama/llama_log.h"
 #include "llama/llama_tokenizer.h"
+#include "llama/memory_guard.h"
 
 namespace batchcore {
 namespace {
@@ -56,6 +59,8 @@ void check_file(const std::string& path) {
 }
 
 llama_load_mode load_mode(const ModelParams& params) {
+  // Repacked weights are a copy: pages of the file that stayed mapped would be memory twice.
+  if (params.use_kernels && !params.use_mlock) return LLAMA_LOAD_MODE_NONE;
   if (params.use_mlock) {
     return params.use_mmap ? LLAMA_LOAD_MODE_MMAP_MLOCK : LLAMA_LOAD_MODE_MLOCK;
   }
@@ -137,7 +142,6 @@ std::shared_ptr<LlamaModel> LlamaModel::load(ModelParams params) {
   raw.devices = params.devices.empty() ? nullptr : devices.data();
   raw.n_gpu_layers = params.n_gpu_layers;
   raw.split_mode = split_mode(params.split_mode);
-  raw.load_mode = load_mode(params);
   raw.main_gpu = params.main_gpu;
   raw.tensor_split = params.tensor_split.empty() ? nullptr : params.tensor_split.data();
   raw.progress_callback = &on_progress;
@@ -145,13 +149,25 @@ std::shared_ptr<LlamaModel> LlamaModel::load(ModelParams params) {
   raw.vocab_only = params.vocab_only;
   raw.check_tensors = params.check_tensors;
 
+  params.use_kernels = params.use_kernels && !params.vocab_only && kernels::is_available();
+
   const LogCapture capture;
   llama_model* model = nullptr;
   std::string reason;
-  try {
-    model = llama_model_load_from_file(params.path.c_str(), raw);
-  } catch (const std::exception& error) {
-    reason = error.what();
+  const auto load_weights = [&](bool use_kernels) {
+    const kernels::LoadScope scope(use_kernels, usable_cores(), available_host_bytes());
+    raw.load_mode = load_mode(params);
+    reason.clear();
+    try {
+      model = llama_model_load_from_file(params.path.c_str(), raw);
+    } catch (const std::exception& error) {
+      reason = error.what();
+    }
+    return !scope.ran_out_of_memory();
+  };
+  if (!load_weights(params.use_kernels) && model == nullptr && !progress.cancelled) {
+    params.use_kernels = false;  // the log says why
+    load_weights(false);
   }
   if (model == nullptr) {
     if (progress.cancelled) throw ModelLoadError("loading '" + params.path + "' was cancelled");
@@ -223,6 +239,10 @@ bool LlamaModel::has_decoder() const { return llama_model_has_decoder(model_); }
 bool LlamaModel::is_recurrent() const { return llama_model_is_recurrent(model_); }
 bool LlamaModel::is_hybrid() const { return llama_model_is_hybrid(model_); }
 bool LlamaModel::is_diffusion() const { return llama_model_is_diffusion(model_); }
+
+std::string LlamaModel::kernels() const {
+  return uses_kernels() ? batchcore::kernels::active_name() : "ggml";
+}
 
 bool LlamaModel::uses_gpu() const {
   if (params_.n_gpu_layers == 0) return false;

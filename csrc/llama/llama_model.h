@@ -42,6 +42,8 @@ struct ModelParams {
   std::vector<float> tensor_split;  ///< share per device, empty = by free memory
   bool vocab_only = false;          ///< no weights: tokenising only
   bool check_tensors = false;       ///< look for NaNs and bad blocks while loading
+  /// Keep the weights on the CPU in the layout of batchcore's kernels, where this CPU has them.
+  bool use_kernels = true;
   /// Called on the loading thread with 0..1; false cancels the load. May be empty.
   std::function<bool(float)> progress;
 };
@@ -90,6 +92,12 @@ class LlamaModel {
   [[nodiscard]] bool is_hybrid() const;
   [[nodiscard]] bool is_diffusion() const;
   [[nodiscard]] MemoryKind memory_kind() const;
+
+  /// Whether batchcore's kernels compute this model's products and attention on the CPU.
+  [[nodiscard]] bool uses_kernels() const { return params_.use_kernels; }
+
+  /// Instruction set of those kernels, "ggml" where they are not used.
+  [[nodiscard]] std::string kernels() const;
 
   /// Whether layers are in GPU memory.
   [[nodiscard]] bool uses_gpu() const;

@@ -16,8 +16,9 @@ namespace {
 // llama.cpp keeps position, sequence set and shift of every cell beside its K and V.
 constexpr double kBytesOfCellMetadata = 64;
 
-// 0 where the system does not tell.
-std::uint64_t available_bytes() {
+}  // namespace
+
+std::uint64_t available_host_bytes() {
   std::ifstream file("/proc/meminfo");
   for (std::string name, unit; file >> name;) {
     std::uint64_t kilobytes = 0;
@@ -27,6 +28,8 @@ std::uint64_t available_bytes() {
   }
   return 0;
 }
+
+namespace {
 
 double bytes_per_value(const std::string& type_name) {
   for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
@@ -68,7 +71,7 @@ void check_host_memory(const LlamaModel& model, const ContextParams& params) {
   const double cells = params.n_ctx;
   double needed = cells * kBytesOfCellMetadata;
   if (!params.offload_kqv || !model.uses_gpu()) needed += cells * bytes_per_cell(model, params);
-  const auto available = static_cast<double>(available_bytes());
+  const auto available = static_cast<double>(available_host_bytes());
   if (available == 0 || needed <= available) return;
   const auto gib = [](double bytes) {
     const std::string text = std::to_string(bytes / (1024.0 * 1024.0 * 1024.0));

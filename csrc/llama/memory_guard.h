@@ -1,9 +1,14 @@
 #pragma once
 
+#include <cstdint>
+
 #include "llama/context.h"
 #include "llama/llama_model.h"
 
 namespace batchcore {
+
+/// Bytes of memory that programs can have without swapping; 0 where the system does not say.
+[[nodiscard]] std::uint64_t available_host_bytes();
 
 /// Throws EngineError where the KV cells of a context would need more host memory than is free.
 /// Linux hands out memory it does not have, so without this the process is killed while llama.cpp

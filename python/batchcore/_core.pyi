@@ -63,10 +63,13 @@ class Model(metaclass=_pybind11_type):
         tensor_split: Sequence[float] = [],
         vocab_only: bool = False,
         check_tensors: bool = False,
+        kernels: str = "auto",
         progress: Callable[[float], bool | None] | None = None,
     ) -> None: ...
     @property
     def path(self) -> str: ...
+    @property
+    def kernels(self) -> str: ...
     @property
     def description(self) -> str: ...
     @property

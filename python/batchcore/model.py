@@ -57,6 +57,7 @@ class Model:
         tensor_split: Sequence[float] | None = None,
         vocab_only: bool = False,
         check_tensors: bool = False,
+        kernels: Literal["auto", "ggml"] = "auto",
         progress: Progress | bool | None = None,
     ) -> None:
         """Load a model.
@@ -73,6 +74,9 @@ class Model:
             tensor_split: Share of the weights per device; None means by free memory.
             vocab_only: Load no weights: good for tokenising and metadata.
             check_tensors: Look for invalid values while loading.
+            kernels: What computes on the CPU. `"auto"` (default): batchcore's own kernels where the
+                CPU has AVX2 or better, with outputs that do not depend on the load. `"ggml"`:
+                llama.cpp's, to compare.
             progress: Called with 0..1 while loading; returning False cancels. True shows a bar.
 
         Raises:
@@ -94,6 +98,7 @@ class Model:
                     tensor_split=list(tensor_split or ()),
                     vocab_only=vocab_only,
                     check_tensors=check_tensors,
+                    kernels=kernels,
                     progress=callback,
                 )
         finally:
@@ -108,6 +113,14 @@ class Model:
     def path(self) -> str:
         """The file it was loaded from."""
         return self._native.path
+
+    @property
+    def kernels(self) -> str:
+        """What computes this model on the CPU.
+
+        The instruction set of batchcore's kernels (`avx512_vnni`, `avx_vnni`, `avx2`), or `ggml`.
+        """
+        return self._native.kernels
 
     @property
     def description(self) -> str:
