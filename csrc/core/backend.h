@@ -105,6 +105,10 @@ class Backend {
   /// Why the last decode() did not return kOk, in words; empty where there is nothing to add.
   [[nodiscard]] virtual std::string last_error() const { return {}; }
 
+  /// What in the calls so far can make a row's results depend on the other rows, as a mask of
+  /// kernels::VariantOperation.
+  [[nodiscard]] virtual std::uint32_t variant_operations() const { return 0; }
+
   /// Decode calls that reused the compute graph of the one before.
   [[nodiscard]] virtual std::int64_t num_graphs_reused() const { return 0; }
 };

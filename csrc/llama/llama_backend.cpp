@@ -61,6 +61,7 @@ LlamaBackend::LlamaBackend(std::shared_ptr<const LlamaModel> model, const Contex
       .layout = effective.layout,
       .memory = model_->memory_kind(),
   };
+  if (!model_->uses_kernels() || model_->uses_gpu()) variant_operations_ = kernels::kGgmlKernels;
   next_position_.assign(static_cast<std::size_t>(info_.num_slots), -1);
 }
 
@@ -105,6 +106,7 @@ DecodeStatus LlamaBackend::decode(const MicroBatch& batch) {
   }
 
   const LogCapture capture;
+  const kernels::VariantWatch watch(variant_operations_);
   std::int32_t code = 0;
   try {
     code = llama_process(context_->get(), LLAMA_PROCESS_TYPE_DECODE, batch_.get());

@@ -224,6 +224,17 @@ class EngineStats:
     """Tokens that a step computed."""
     padding: PaddingStats
     """What was computed, or stood idle, for nothing."""
+    variant_operations: tuple[str, ...]
+    """What in the calls so far lets outputs depend on the load: `ggml kernels`, `matrix product`,
+    `expert product`, `attention`, `linear attention`. Empty when nothing does."""
+
+    @property
+    def is_batch_invariant(self) -> bool | None:
+        """Whether tokens and log-probabilities are the same to the bit whatever else is running.
+
+        None until the engine has computed something.
+        """
+        return not self.variant_operations if self.num_micro_batches else None
 
     @classmethod
     def from_native(cls, counters: dict[str, Any]) -> Self:
