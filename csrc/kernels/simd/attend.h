@@ -256,6 +256,10 @@ inline void join(float& max, float& sum, float* values, float other_max, float o
 
 inline void finish(float max, float sum, const float* values, const float* sink, std::int32_t size,
                    float* output) {
+  if (max == kMinusInfinity) {  // no key is seen: `values` was never written
+    std::memset(output, 0, sizeof(float) * static_cast<std::size_t>(size));
+    return;
+  }
   float factor = 1.0F;
   if (sink != nullptr) {
     const float both = max < *sink ? *sink : max;
