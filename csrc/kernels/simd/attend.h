@@ -299,6 +299,7 @@ class Attention {
     BlockRows keys(task_.keys, task_.key_size, key_copies_, zeros_, is_reused);
     BlockRows values(task_.values, task_.value_size, value_copies_, zeros_, is_reused);
     for (std::int32_t q = 0; q < num_queries_; ++q) total(q) = {kMinusInfinity, 0.0F};
+    begin_span();  // so that a partial result over no blocks says that no key is seen
     std::int32_t block = 0;
     while (block < task_.num_blocks) {
       const std::int32_t span = task_.block_ids[block] / kBlocksPerSpan;
