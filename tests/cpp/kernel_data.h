@@ -14,36 +14,32 @@
 #include "kernels/cpu_select.h"
 #include "kernels/packing.h"
 
-namespace batchcore::testing {
+namespace batchcore::kernels::testing {
 
-using kernels::ActivationBlock;
-using kernels::KernelSet;
-using kernels::WeightFormat;
-
-inline constexpr const char* kFormatNames[kernels::kNumFormats] = {
+inline constexpr const char* kFormatNames[kNumFormats] = {
     "Q4_0", "Q4_1", "Q5_0",   "Q5_1",   "Q8_0", "Q2_K", "Q3_K", "Q4_K",
     "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "F16",  "BF16", "F32"};
 
 inline std::vector<WeightFormat> all_formats() {
   std::vector<WeightFormat> formats;
-  for (int i = 0; i < kernels::kNumFormats; ++i) formats.push_back(static_cast<WeightFormat>(i));
+  for (int i = 0; i < kNumFormats; ++i) formats.push_back(static_cast<WeightFormat>(i));
   return formats;
 }
 
 inline const char* name_of(WeightFormat format) { return kFormatNames[static_cast<int>(format)]; }
 
-inline bool is_float(WeightFormat format) { return kernels::layout_of(format).is_float(); }
+inline bool is_float(WeightFormat format) { return layout_of(format).is_float(); }
 
 /// Every set that this CPU executes.
 inline std::vector<const KernelSet*> all_kernels() {
   std::vector<const KernelSet*> sets;
-  for (const KernelSet* const* set = kernels::usable_kernels(); *set != nullptr; ++set) {
+  for (const KernelSet* const* set = usable_kernels(); *set != nullptr; ++set) {
     sets.push_back(*set);
   }
   return sets;
 }
 
-inline const kernels::FormatKernels& kernels_of(const KernelSet& set, WeightFormat format) {
+inline const FormatKernels& kernels_of(const KernelSet& set, WeightFormat format) {
   return set.formats[static_cast<int>(format)];
 }
 
@@ -108,7 +104,7 @@ struct FileScales {
   int d;
   int m;
 };
-inline constexpr FileScales kFileScales[kernels::kNumFormats] = {
+inline constexpr FileScales kFileScales[kNumFormats] = {
     {18, 0, -1},  {20, 0, 2},     {22, 0, -1}, {24, 0, 2},  {34, 0, -1},
     {84, 80, 82}, {110, 108, -1}, {144, 0, 2}, {176, 0, 2}, {210, 208, -1},
     {18, 0, -1},  {136, 0, -1},   {2, -1, -1}, {2, -1, -1}, {4, -1, -1}};
@@ -121,7 +117,7 @@ class WeightMaker {
   std::vector<std::uint8_t> rows(WeightFormat format, WeightKind kind, std::int64_t num_rows,
                                  std::int64_t columns) {
     std::vector<std::uint8_t> bytes(static_cast<std::size_t>(num_rows) *
-                                    kernels::file_row_bytes(format, columns));
+                                    file_row_bytes(format, columns));
     const FileScales scales = kFileScales[static_cast<int>(format)];
     const auto step = static_cast<std::size_t>(scales.block_bytes);
     for (std::size_t at = 0; at < bytes.size(); at += step) {
@@ -204,25 +200,24 @@ struct Matrix {
   Matrix(WeightFormat of, std::int64_t outputs, std::int64_t width,
          const std::vector<std::uint8_t>& rows)
       : format(of), num_outputs(outputs), columns(width) {
-    const std::size_t bytes = kernels::layout_of(format).group_bytes(columns);
+    const std::size_t bytes = layout_of(format).group_bytes(columns);
     packed.resize(static_cast<std::size_t>(num_groups()) * bytes);
     for (std::int64_t group = 0; group < num_groups(); ++group) {
-      const std::int64_t first = group * kernels::kGroupRows;
-      kernels::pack_group(
-          format,
-          rows.data() + static_cast<std::size_t>(first) * kernels::file_row_bytes(format, columns),
-          std::min<std::int64_t>(kernels::kGroupRows, num_outputs - first), columns,
-          packed.data() + static_cast<std::size_t>(group) * bytes);
+      const std::int64_t first = group * kGroupRows;
+      pack_group(format,
+                 rows.data() + static_cast<std::size_t>(first) * file_row_bytes(format, columns),
+                 std::min<std::int64_t>(kGroupRows, num_outputs - first), columns,
+                 packed.data() + static_cast<std::size_t>(group) * bytes);
     }
   }
 
   [[nodiscard]] std::int64_t num_groups() const {
-    return (num_outputs + kernels::kGroupRows - 1) / kernels::kGroupRows;
+    return (num_outputs + kGroupRows - 1) / kGroupRows;
   }
 
   [[nodiscard]] std::vector<float> row(std::int64_t index) const {
     std::vector<float> values(static_cast<std::size_t>(columns));
-    kernels::unpack_row(format, packed.data(), index, columns, values.data());
+    unpack_row(format, packed.data(), index, columns, values.data());
     return values;
   }
 };
@@ -261,7 +256,7 @@ class Activations {
         pointers_.push_back(row.data());
         continue;
       }
-      blocks_.emplace_back(row.size() / kernels::kBlockColumns);
+      blocks_.emplace_back(row.size() / kBlockColumns);
       quantize(row.data(), static_cast<std::int64_t>(row.size()), blocks_.back().data());
     }
     for (const auto& blocks : blocks_) pointers_.push_back(blocks.data());
@@ -307,4 +302,4 @@ inline std::vector<Row> multiply_all(const KernelSet& set, const Matrix& matrix,
   return outputs;
 }
 
-}  // namespace batchcore::testing
+}  // namespace batchcore::kernels::testing

@@ -9,18 +9,13 @@
 
 #include "kernel_data.h"
 
-namespace batchcore {
+namespace batchcore::kernels {
 namespace {
 
-using kernels::file_row_bytes;
-using kernels::kGroupRows;
-using kernels::pack_group;
-using kernels::unpack_row;
 using testing::all_formats;
 using testing::get;
 using testing::is_float;
 using testing::name_of;
-using testing::WeightFormat;
 using testing::WeightKind;
 using testing::WeightMaker;
 
@@ -108,7 +103,7 @@ float decode(WeightFormat format, const std::uint8_t* b, int i) {
 }
 
 std::vector<float> decode_row(WeightFormat format, const std::uint8_t* row, std::int64_t columns) {
-  const auto width = static_cast<std::int64_t>(kernels::layout_of(format).columns_per_unit());
+  const auto width = static_cast<std::int64_t>(layout_of(format).columns_per_unit());
   const auto bytes =
       static_cast<std::size_t>(testing::kFileScales[static_cast<int>(format)].block_bytes);
   std::vector<float> values;
@@ -120,8 +115,8 @@ std::vector<float> decode_row(WeightFormat format, const std::uint8_t* row, std:
 }
 
 TEST_CASE("rows have the size that the GGUF format gives them") {
-  const std::size_t of_256_columns[kernels::kNumFormats] = {144, 160, 176, 192, 272, 84,  110, 144,
-                                                            176, 210, 144, 136, 512, 512, 1024};
+  const std::size_t of_256_columns[kNumFormats] = {144, 160, 176, 192, 272, 84,  110, 144,
+                                                   176, 210, 144, 136, 512, 512, 1024};
   for (const WeightFormat format : all_formats()) {
     INFO(name_of(format));
     CHECK(file_row_bytes(format, 256) == of_256_columns[static_cast<int>(format)]);
@@ -155,7 +150,7 @@ TEST_CASE("rows that the last group lacks are zeros, whatever was in its memory"
     INFO(name_of(format));
     const auto file = maker.rows(format, WeightKind::kRandom, kGroupRows, kColumns);
     for (const std::int64_t num_rows : {1, 5, 15, 16}) {
-      std::vector<std::uint8_t> group(kernels::layout_of(format).group_bytes(kColumns), 0xff);
+      std::vector<std::uint8_t> group(layout_of(format).group_bytes(kColumns), 0xff);
       const std::size_t size =
           file_row_bytes(format, kColumns) * static_cast<std::size_t>(num_rows);
       const std::vector<std::uint8_t> rows(file.begin(), file.begin() + static_cast<long>(size));
@@ -180,7 +175,7 @@ TEST_CASE("packing fills a group to its last byte and no further") {
   for (const WeightFormat format : all_formats()) {
     INFO(name_of(format));
     const auto file = maker.rows(format, WeightKind::kRandom, kGroupRows, 512);
-    const std::size_t size = kernels::layout_of(format).group_bytes(512);
+    const std::size_t size = layout_of(format).group_bytes(512);
     std::vector<std::uint8_t> once(size + 64, 0xa5);
     std::vector<std::uint8_t> again(size + 64, 0x5a);
     pack_group(format, file.data(), kGroupRows, 512, once.data());
@@ -204,4 +199,4 @@ TEST_CASE("every half-precision weight keeps its value") {
 }
 
 }  // namespace
-}  // namespace batchcore
+}  // namespace batchcore::kernels

@@ -10,11 +10,9 @@
 #include "kernel_data.h"
 #include "kernels/kernel_set.h"
 
-namespace batchcore {
+namespace batchcore::kernels {
 namespace {
 
-using kernels::kBlockColumns;
-using kernels::KernelSet;
 using testing::Activations;
 using testing::all_formats;
 using testing::all_kernels;
@@ -28,7 +26,6 @@ using testing::multiply;
 using testing::multiply_all;
 using testing::name_of;
 using testing::Row;
-using testing::WeightFormat;
 using testing::WeightKind;
 using testing::WeightMaker;
 
@@ -323,4 +320,4 @@ TEST_CASE("a row with a NaN or an infinity has no finite result, and the others 
 }
 
 }  // namespace
-}  // namespace batchcore
+}  // namespace batchcore::kernels
