@@ -73,7 +73,8 @@ struct AttentionTask {
                                                       std::int32_t value_size) {
   const auto keys = static_cast<std::size_t>((key_size + 15) / 16 * 16);
   const auto values = static_cast<std::size_t>((value_size + 15) / 16 * 16);
-  return kMaxQueries * (keys + 2 * values + kKeyBlock + 8) + kKeyBlock * (keys + values + 1) + 64;
+  const std::size_t longest = keys < values ? values : keys;
+  return kMaxQueries * (keys + 2 * values + kKeyBlock + 8) + kKeyBlock * (keys + values) + longest;
 }
 
 /// Joins the partial results of one query over spans in ascending order.

@@ -256,6 +256,10 @@ inline void join(float& max, float& sum, float* values, float other_max, float o
 
 inline void finish(float max, float sum, const float* values, const float* sink, std::int32_t size,
                    float* output) {
+  if (max == kMinusInfinity) {  // no key is seen: `values` was never written
+    std::memset(output, 0, sizeof(float) * static_cast<std::size_t>(size));
+    return;
+  }
   float factor = 1.0F;
   if (sink != nullptr) {
     const float both = max < *sink ? *sink : max;
@@ -295,6 +299,7 @@ class Attention {
     BlockRows keys(task_.keys, task_.key_size, key_copies_, zeros_, is_reused);
     BlockRows values(task_.values, task_.value_size, value_copies_, zeros_, is_reused);
     for (std::int32_t q = 0; q < num_queries_; ++q) total(q) = {kMinusInfinity, 0.0F};
+    begin_span();  // so that a partial result over no blocks says that no key is seen
     std::int32_t block = 0;
     while (block < task_.num_blocks) {
       const std::int32_t span = task_.block_ids[block] / kBlocksPerSpan;
