@@ -21,12 +21,20 @@ struct BackendInfo {
   std::int32_t n_ubatch = 0;        ///< tokens of one decode call at most
   std::int32_t max_outputs = 0;     ///< rows with logits of one decode call at most
   std::int32_t window = 0;  ///< positions that a sliding-window memory surely keeps, 0 = all
+  /// Rows that the kernels take together: those beyond a multiple of it may cost as much as a whole
+  /// group. 1 = any number of rows costs what it should.
+  std::int32_t row_group = 4;
   /// Unified: from this many rows on, a call computes attention between all of its sequences, as if
   /// they were one; 0 = never.
   std::int32_t attention_tile = 0;
   KvLayout layout = KvLayout::kUnified;
   MemoryKind memory = MemoryKind::kAttention;
 };
+
+/// The least multiple of `group` that is not below `rows`.
+[[nodiscard]] constexpr std::int32_t next_multiple(std::int32_t rows, std::int32_t group) {
+  return (rows + group - 1) / group * group;
+}
 
 /// What attention goes over in a decode call: key positions, summed over the layers that have any.
 struct AttentionShape {

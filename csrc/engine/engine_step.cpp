@@ -185,7 +185,7 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   if (work.prefill_tokens == 0) {
     const double attention = state_.cost.coefficients()[3] * static_cast<double>(work.kv_tokens);
     if (static_cast<std::size_t>(batch_.num_outputs) == batch_.size()) {
-      state_.row_shapes.observe(batch_.num_outputs, seconds - attention);
+      state_.call_times.observe(batch_.num_outputs, seconds - attention);
     }
     kv_per_row_ += 0.1 * (static_cast<double>(work.kv_tokens) / work.decode_rows - kv_per_row_);
   }
