@@ -26,11 +26,15 @@ class PaddingStats:
     attention_needed: int
     """Key positions that the rows attended to, summed over the layers that have any."""
     attention_computed: int
-    """Those that attention went over: with other sequences' cells, holes and padding to 256."""
+    """Key positions that attention went over.
+
+    With batchcore's kernels: those of the row's own sequence, in blocks of 32. With ggml's: also
+    other sequences' cells, empty cells and padding to 256.
+    """
     num_rows: int
     """Rows computed."""
     num_filler_rows: int
-    """Those of them that only gave a call a cheaper shape."""
+    """Dummy rows among them: they bridge gaps between streams or fill a group of rows."""
     num_extra_outputs: int
     """Logits that were computed only for the shape."""
 
@@ -41,7 +45,7 @@ class PaddingStats:
 
     @property
     def attention_waste(self) -> float:
-        """Share of the key positions that were gone over for nothing (CPUs skip most quickly)."""
+        """Share of the key positions that were gone over for nothing (ggml skips most quickly)."""
         return _share(self.attention_computed - self.attention_needed, self.attention_computed)
 
     @property
