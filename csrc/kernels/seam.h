@@ -1,6 +1,6 @@
 // batchcore's kernels inside ggml: which operations they compute, and on which tensors. The only
-// header of this folder that others need; ggml_seam.cpp behind it is the only file that knows
-// ggml's internals.
+// header of this folder that others need, but for the block size in attention_task.h; ggml_seam.cpp
+// behind it is the only file that knows ggml's internals.
 //
 // ggml's CPU backend asks each registered buffer type for every operation before it runs its own
 // code. So weights that lie in our buffers are multiplied by our kernels, and attention over a

@@ -143,7 +143,7 @@ def test_kernels_that_take_any_number_of_rows_get_no_others(model):
 
 def test_attention_of_other_sequences_is_counted_where_it_is_computed(model):
     params = bc.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    prompts = [[3 + 90 * i + j for j in range(60 + i)] for i in range(6)]
+    prompts = [[3 + 70 * i + j for j in range(60 + i)] for i in range(6)]
     computed = []
     for max_num_seqs in (1, 6):
         with bc.Engine(
