@@ -6,6 +6,7 @@
 #include "bindings/bindings.h"
 #include "build_config.h"
 #include "core/version.h"
+#include "kernels/seam.h"
 #include "llama/devices.h"
 
 namespace batchcore::python {
@@ -52,6 +53,8 @@ py::list devices() {
 void bind_info(py::module_& m) {
   m.attr("__version__") = version();
   m.def("build_info", &build_info, "What this build was made of.");
+  m.def("available_kernels", &kernels::active_name,
+        "Instruction set of the kernels that this CPU runs, or ggml.");
   m.def("devices", &devices, "Devices that llama.cpp can compute on, with their memory now.");
 }
 

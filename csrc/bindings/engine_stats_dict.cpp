@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "engine/request.h"
+#include "kernels/seam.h"
 
 namespace batchcore::python {
 namespace {
@@ -40,8 +41,15 @@ py::dict to_dict(const EngineStats& s) {
     const TierCount& tier = s.tiers[static_cast<std::size_t>(i)];
     tiers.append(py::make_tuple(tier.priority, tier.num_waiting, tier.num_running));
   }
+  py::list variant_operations;
+  std::uint32_t bit = 1;
+  for (const char* name : kernels::kVariantOperationNames) {
+    if ((s.variant_operations & bit) != 0) variant_operations.append(name);
+    bit <<= 1;
+  }
   return py::dict(
-      "num_running"_a = s.num_running, "num_waiting"_a = s.num_waiting, "num_cells"_a = s.num_cells,
+      "variant_operations"_a = py::tuple(variant_operations), "num_running"_a = s.num_running,
+      "num_waiting"_a = s.num_waiting, "num_cells"_a = s.num_cells,
       "num_active_cells"_a = s.num_active_cells, "num_cached_cells"_a = s.num_cached_cells,
       "num_steps"_a = s.num_steps, "num_micro_batches"_a = s.num_micro_batches,
       "num_pinned"_a = s.num_pinned, "saved_bytes"_a = s.saved_bytes,

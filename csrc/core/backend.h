@@ -21,6 +21,9 @@ struct BackendInfo {
   std::int32_t n_ubatch = 0;        ///< tokens of one decode call at most
   std::int32_t max_outputs = 0;     ///< rows with logits of one decode call at most
   std::int32_t window = 0;  ///< positions that a sliding-window memory surely keeps, 0 = all
+  /// Rows that the kernels take together: those beyond a multiple of it may cost as much as a whole
+  /// group. 1 = any number of rows costs what it should.
+  std::int32_t row_group = 4;
   /// Unified: from this many rows on, a call computes attention between all of its sequences, as if
   /// they were one; 0 = never.
   std::int32_t attention_tile = 0;
@@ -28,18 +31,33 @@ struct BackendInfo {
   MemoryKind memory = MemoryKind::kAttention;
 };
 
+/// The least multiple of `group` that is not below `count`.
+[[nodiscard]] constexpr std::int32_t next_multiple(std::int32_t count, std::int32_t group) {
+  return (count + group - 1) / group * group;
+}
+
 /// What attention goes over in a decode call: key positions, summed over the layers that have any.
 struct AttentionShape {
   std::int32_t num_full_layers = 0;
   std::int32_t num_window_layers = 0;
   std::int32_t window = 0;
   std::int64_t computed_per_row = 0;  ///< with other sequences' cells, holes and padding
+  /// If not 0, computed_per_row says nothing: a row goes over positions of its own sequence only,
+  /// in blocks of so many. (Rows that are computed together may go over one more at either end.)
+  std::int32_t block = 0;
 
   /// Those that a token at `position` attends to.
   [[nodiscard]] std::int64_t needed(Position position) const {
     const std::int64_t all = position + 1;
     const std::int64_t last = all < window ? all : window;
     return num_full_layers * all + num_window_layers * last;
+  }
+  /// Those that attention goes over for it.
+  [[nodiscard]] std::int64_t computed(Position position) const {
+    if (block == 0) return computed_per_row;
+    const std::int64_t end = next_multiple(position + 1, block);
+    const std::int64_t begin = position < window ? 0 : (position + 1 - window) / block * block;
+    return num_full_layers * end + num_window_layers * (end - begin);
   }
 };
 
@@ -104,6 +122,10 @@ class Backend {
 
   /// Why the last decode() did not return kOk, in words; empty where there is nothing to add.
   [[nodiscard]] virtual std::string last_error() const { return {}; }
+
+  /// What in the calls so far can make a row's results depend on the other rows, as a mask of
+  /// kernels::VariantOperation.
+  [[nodiscard]] virtual std::uint32_t variant_operations() const { return 0; }
 
   /// Decode calls that reused the compute graph of the one before.
   [[nodiscard]] virtual std::int64_t num_graphs_reused() const { return 0; }

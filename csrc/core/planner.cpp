@@ -16,6 +16,8 @@ constexpr std::int32_t kMinChunk = 128;
 // Steps with prefill may take this multiple of a step that decodes everybody who runs or waits for
 // a free place, where no target is given.
 constexpr double kDefaultSlowdown = 4.0;
+// A prompt's last tokens, up to so many, get no step of their own.
+constexpr std::int32_t kMaxLeftOver = 3;
 
 std::int32_t min_chunk(const SchedulerConfig& config) {
   if (config.prefill_policy == PrefillPolicy::kLatency) return kMinChunkLatency;
@@ -144,9 +146,9 @@ void Planner::choose_decoding(bool in_lock_step) {
   }
 }
 
-// The most that is not above `count` and completes a row group together with `others`.
+// The most that is not above `count` and, together with `others`, is whole groups of rows.
 std::int32_t Planner::whole_groups(std::int32_t count, std::int32_t others) const {
-  const std::int32_t over = (count + others) % RowShapes::kGroup;
+  const std::int32_t over = (count + others) % state_.info.row_group;
   return count > over ? count - over : count;
 }
 
@@ -187,7 +189,7 @@ std::int32_t Planner::plan_chunk(Sequence* sequence, std::int32_t num_computed, 
   std::int32_t count = std::min(remaining, budget_);
   if (count <= 0) return 0;
   // A first token is not put off by a step for the last few tokens of a prompt.
-  if (remaining - count < RowShapes::kGroup && remaining <= rows_left_) count = remaining;
+  if (remaining - count <= kMaxLeftOver && remaining <= rows_left_) count = remaining;
   if (unified_ && !secure_cells(count, may_preempt ? sequence : nullptr)) {
     count = std::min(count, free_cells());
     if (count <= 0) return 0;

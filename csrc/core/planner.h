@@ -102,6 +102,9 @@ class Planner : private PlanDraft {
   // planner_shapes.cpp: which calls.
   void build_micro_batches();
   [[nodiscard]] std::int32_t most_joint_rows() const;
+  [[nodiscard]] std::int32_t preferred(std::int32_t rows) const {
+    return state_.call_times.preferred(rows, state_.info.row_group);
+  }
   void add_decoding();
   void find_fillable();
   void add_rider(Sequence* sequence);

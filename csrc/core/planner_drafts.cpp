@@ -28,10 +28,11 @@ void Planner::add_drafts() {
   room.plain_rows = num_rows + fillers_wanted(batch, num_rows);
   room.extra_rows = std::min(most_joint_rows(), state_.info.max_outputs) - num_rows;
   if (unified_) room.extra_rows = std::min(room.extra_rows, free_cells());
+  room.row_group = state_.info.row_group;
   room.same_for_all = !unified_ && num_rows > 1;
   if (config_.target_itl_s > 0.0) room.longest_s = config_.target_itl_s;
   const std::vector<std::int32_t> drafts =
-      choose_drafts(offers, room, state_.row_shapes, state_.cost);
+      choose_drafts(offers, room, state_.call_times, state_.cost);
   for (std::size_t i = 0; i < drafts.size(); ++i) {
     batch.rows[i].num_drafts = drafts[i];
     planned_cells_ += drafts[i];

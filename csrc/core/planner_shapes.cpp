@@ -22,8 +22,8 @@ void Planner::build_micro_batches() {
   for (PlannedMicroBatch& batch : plan_.micro_batches) add_outputs(batch);
 }
 
-// One call for all, prefill rows ride along in the matrix products of the decode rows, unless that
-// makes attention dear.
+// One call for all: prompt rows use the weights that are read for the decode rows anyway. Where
+// that makes attention slow (BackendInfo::attention_tile), prompts get a call of their own.
 void Planner::add_prompts_beside() {
   auto num_rows = static_cast<std::int32_t>(decoding_.size());
   for (const PlannedRows& rows : prefill_) num_rows += rows.count;
@@ -53,7 +53,7 @@ void Planner::add_prompts_around() {
 // Rows of several sequences that one call takes at most before their attention becomes dear.
 std::int32_t Planner::most_joint_rows() const {
   const std::int32_t tile = unified_ ? state_.info.attention_tile : 0;
-  return tile > 0 ? std::max(tile - RowShapes::kGroup, 1) : state_.info.n_ubatch;
+  return tile > 0 ? std::max(tile - state_.info.row_group, 1) : state_.info.n_ubatch;
 }
 
 void Planner::add_decoding() {
@@ -61,7 +61,8 @@ void Planner::add_decoding() {
             [this](const Sequence* a, const Sequence* b) { return slot_of(a) < slot_of(b); });
   const auto count = static_cast<std::int32_t>(decoding_.size());
   const std::int32_t num_calls = (count + most_joint_rows() - 1) / most_joint_rows();
-  const std::int32_t per_call = RowShapes::next_group((count + num_calls - 1) / num_calls);
+  const std::int32_t per_call =
+      next_multiple((count + num_calls - 1) / num_calls, state_.info.row_group);
   SeqId before = -1;
   for (std::int32_t i = 0; i < count; ++i) {
     if (i % per_call == 0) plan_.micro_batches.emplace_back();
@@ -128,7 +129,8 @@ void Planner::add_filler(PlannedMicroBatch& batch, SeqId slot) {
   planned_cells_ += unified_ ? 1 : 0;
 }
 
-// Where more rows are faster, dummy rows are added to a call that only decodes.
+// If a whole group of rows is faster, a call that only decodes gets dummy rows up to that. In
+// streams rows then go back into the order of their slots.
 void Planner::fill_up(PlannedMicroBatch& batch) {
   auto count = static_cast<std::int32_t>(batch.filler_slots.size());
   for (const PlannedRows& rows : batch.rows) {
@@ -148,9 +150,11 @@ void Planner::fill_up(PlannedMicroBatch& batch) {
             });
 }
 
-// To a call with tokens of prompts, logits that nobody asks for: without them the output head sees
-// few rows. Where all have one row, it sees as many as everything before it.
+// If kernels take rows in groups, a call with tokens of prompts gets logits that no request needs,
+// so that the output head has whole groups, too. If each sequence has one row, the head gets all
+// rows.
 void Planner::add_outputs(PlannedMicroBatch& batch) {
+  if (state_.info.row_group == 1) return;
   auto count = static_cast<std::int32_t>(batch.filler_slots.size());
   std::int32_t outputs = count;
   bool is_rectangle = true;
@@ -159,7 +163,7 @@ void Planner::add_outputs(PlannedMicroBatch& batch) {
     outputs += rows.num_drafts + (is_last(rows) ? 1 : 0);
     is_rectangle = is_rectangle && rows.count == 1;
   }
-  const std::int32_t wanted = is_rectangle ? count : state_.row_shapes.preferred(outputs);
+  const std::int32_t wanted = is_rectangle ? count : preferred(outputs);
   if (outputs == 0 || wanted > state_.info.max_outputs) return;
   batch.num_extra_outputs = std::min(wanted, count) - outputs;
 }
@@ -167,7 +171,7 @@ void Planner::add_outputs(PlannedMicroBatch& batch) {
 // Dummy rows that a call of `rows` rows, all with logits, had better have; 0 where there is no
 // place for all of them.
 std::int32_t Planner::fillers_wanted(const PlannedMicroBatch& batch, std::int32_t rows) const {
-  const std::int32_t wanted = state_.row_shapes.preferred(rows) - rows;
+  const std::int32_t wanted = preferred(rows) - rows;
   if (rows + wanted > std::min(state_.info.max_outputs, most_joint_rows())) return 0;
   return slots_to_fill(batch, wanted).empty() ? 0 : wanted;
 }

@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/call_times.h"
 #include "core/host_cache.h"
 #include "core/kv_tree.h"
 #include "core/output_history.h"
 #include "core/preemption.h"
-#include "core/row_shapes.h"
 #include "core/sequence.h"
 #include "core/speculation.h"
 #include "core/step_cost.h"
@@ -47,7 +47,7 @@ struct SchedulerState {
   std::vector<bool> pinned;  ///< cached slots to evict only where nothing else helps, by slot
   HostCache host;            ///< prefixes that were evicted to host memory
   StepCost cost;
-  RowShapes row_shapes;
+  CallTimes call_times;
   DraftRates draft_rates{kDraftMemory};  ///< of all sequences
   CopySpeed copy_speed;
   OutputHistory history;

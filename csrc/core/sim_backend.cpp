@@ -62,7 +62,8 @@ DecodeStatus SimBackend::decode(const MicroBatch& batch) {
   row_of_index_.assign(batch.size(), -1);
   logits_.resize(static_cast<std::size_t>(batch.num_outputs) * num_logits_);
   std::int32_t row = 0;
-  double seconds = cost_.base_s + cost_.loose_row_s * static_cast<double>(batch.size() % 4);
+  const std::size_t num_loose = batch.size() % static_cast<std::size_t>(info_.row_group);
+  double seconds = cost_.base_s + cost_.loose_row_s * static_cast<double>(num_loose);
   for (std::size_t i = 0; i < batch.size(); ++i) {
     const SeqId seq_id = batch.seq_ids[i];
     const std::vector<Cell>& held = cells(seq_id);

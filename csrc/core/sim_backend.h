@@ -19,7 +19,7 @@ struct SimCost {
   double prefill_token_s = 1e-3;
   double decode_row_s = 3e-3;
   double kv_token_s = 0.0;   ///< per KV token that a row attends to
-  double loose_row_s = 0.0;  ///< more for each row beyond a multiple of four
+  double loose_row_s = 0.0;  ///< more for each row beyond a multiple of BackendInfo::row_group
   /// Per KV token that is copied to or from host memory; no part of a micro-batch.
   double copied_token_s = 0.0;
 };

@@ -25,22 +25,27 @@ constexpr std::int64_t kTryAgain = 400;
 // What calls take, apart from attention, from small ones to large ones.
 class Prices {
  public:
-  Prices(const RowShapes& shapes, std::int32_t plain_rows, double plain_s, double row_s)
-      : shapes_(shapes), rows_(plain_rows), seconds_(plain_s), row_s_(row_s) {}
+  Prices(const CallTimes& times, const DraftRoom& room, double plain_s, double row_s)
+      : times_(times), rows_(room.plain_rows), seconds_(plain_s), row_s_(row_s) {
+    if (room.row_group > 1 || room.same_for_all) return;
+    guesses_below_ = std::max(times.largest(), rows_) + kMaxGuessedRows;
+    min_distance_ = kMaxGuessedRows;
+  }
 
-  // Of the next larger size. False where it is not to be known: one beyond an unknown size.
+  // Of the next larger size. False if it can't be predicted: behind an unknown size from
+  // guesses_below_ on.
   bool next(std::int32_t rows, double& seconds) {
     if (is_guessing_) return false;
-    const auto measured = shapes_.seconds(rows);
+    const auto measured = times_.seconds(rows);
     const double more = std::max(rows - rows_, 0);
     const double guess = seconds_ + row_s_ * more;
     if (!measured) {
-      is_guessing_ = true;
+      is_guessing_ = rows >= guesses_below_;
       seconds = guess;
       return true;
     }
-    seconds = shapes_.age(rows) > kTryAgain ? std::min(*measured, guess) : *measured;
-    if (rows > rows_) {  // rows get no cheaper than they were so far
+    seconds = times_.age(rows) > kTryAgain ? std::min(*measured, guess) : *measured;
+    if (more >= min_distance_) {  // rows get no cheaper than they were so far
       row_s_ = std::max(row_s_, (*measured - seconds_) / more);
       rows_ = rows;
       seconds_ = *measured;
@@ -49,10 +54,12 @@ class Prices {
   }
 
  private:
-  const RowShapes& shapes_;
+  const CallTimes& times_;
   std::int32_t rows_;
   double seconds_;
   double row_s_;
+  std::int32_t guesses_below_ = 0;
+  double min_distance_ = 1.0;  // rows between sizes that say what a row costs: closer, it is noise
   bool is_guessing_ = false;
 };
 
@@ -123,17 +130,17 @@ std::int32_t most_drafts(const Sequence& sequence, const BackendInfo& info, std:
 }
 
 std::vector<std::int32_t> choose_drafts(std::span<const DraftOffer> offers, const DraftRoom& room,
-                                        const RowShapes& shapes, const StepCost& cost) {
+                                        const CallTimes& times, const StepCost& cost) {
   std::vector<std::int32_t> chosen(offers.size(), 0);
-  const auto plain = shapes.seconds(room.plain_rows);
-  if (!plain || shapes.age(room.plain_rows) > kPlainEvery) return chosen;
+  const auto plain = times.seconds(room.plain_rows);
+  if (!plain || times.age(room.plain_rows) > kPlainEvery) return chosen;
   const std::array<double, 4> fit = cost.coefficients();
   const auto num_sequences = static_cast<std::int32_t>(offers.size());
   std::int64_t kv_tokens = 0;
   for (const DraftOffer& offer : offers) kv_tokens += offer.kv_tokens;
   const double base_s = *plain + fit[3] * static_cast<double>(kv_tokens);
   double tokens = num_sequences;
-  Prices prices(shapes, room.plain_rows, *plain, fit[2]);
+  Prices prices(times, room, *plain, fit[2]);
   Choice best;
   const auto consider = [&](std::int32_t rows, std::int32_t size) {
     double seconds = 0.0;
@@ -168,9 +175,9 @@ std::vector<std::int32_t> choose_drafts(std::span<const DraftOffer> offers, cons
     const auto s = static_cast<std::size_t>(order[static_cast<std::size_t>(i)]);
     tokens += offers[s].chances[static_cast<std::size_t>(taken[s]++)];
     kv_tokens += offers[s].kv_tokens;
-    // Few sizes, so that they are soon known, and those that kernels like.
+    // Whole groups: sizes that the kernels compute without a remainder, and few, so soon known.
     const std::int32_t rows = num_sequences + i + 1;
-    if (rows % RowShapes::kGroup != 0 && i + 1 < most) continue;
+    if (rows % room.row_group != 0 && i + 1 < most) continue;
     if (!consider(rows, i + 1)) break;
   }
   for (std::int32_t i = 0; i < best.size; ++i) {

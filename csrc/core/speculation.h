@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/call_times.h"
 #include "core/ngram_draft.h"
-#include "core/row_shapes.h"
 #include "core/step_cost.h"
 
 namespace batchcore {
@@ -24,6 +24,9 @@ struct Sequence;
 
 /// Drafted tokens of one sequence and step, at most.
 inline constexpr std::int32_t kMaxDrafts = 16;
+/// With row_group 1: rows beyond the largest call that was measured, for which its time is
+/// predicted.
+inline constexpr std::int32_t kMaxGuessedRows = 4;
 
 /// How often a drafted token was right, recently, by how many tokens before it had occurred in the
 /// same order (NgramIndex::kShortest to kLongest, and more).
@@ -71,17 +74,18 @@ struct DraftOffer {
 struct DraftRoom {
   std::int32_t plain_rows = 0;  ///< of the call without drafts, with the dummy rows it would get
   std::int32_t extra_rows = 0;  ///< drafts at most
-  bool same_for_all = false;    ///< each sequence must have as many rows as the others
+  std::int32_t row_group = BackendInfo{}.row_group;  ///< BackendInfo's
+  bool same_for_all = false;  ///< each sequence must have as many rows as the others
   double longest_s = std::numeric_limits<double>::infinity();  ///< the call may take
 };
 
 /// Drafts to verify of each of `offers`, one per sequence that decodes: as many as make most tokens
 /// per second (SmartSpec's goodput, arXiv 2406.14066); none where that is not clearly more than
-/// without. Rows are only taken up to the first size of call that was not measured yet, so that a
-/// wrong prediction costs a few calls.
+/// without. Rows are taken only up to the first size of call that was not measured yet, so that a
+/// wrong prediction costs a few calls. With row_group 1, where calls of neighbouring sizes take
+/// about as long, up to kMaxGuessedRows beyond the largest size that was measured.
 [[nodiscard]] std::vector<std::int32_t> choose_drafts(std::span<const DraftOffer> offers,
-                                                      const DraftRoom& room,
-                                                      const RowShapes& shapes,
+                                                      const DraftRoom& room, const CallTimes& times,
                                                       const StepCost& cost);
 
 }  // namespace batchcore

@@ -203,6 +203,7 @@ void Engine::update_stats() {
   stats_.saved_bytes = static_cast<std::int64_t>(saved_bytes_);
   stats_.host_cache_bytes = static_cast<std::int64_t>(state_.host.num_bytes());
   stats_.cost_s = state_.cost.coefficients();
+  stats_.variant_operations = backend_->variant_operations();
   stats_.num_graphs_reused = backend_->num_graphs_reused();
   stats_.num_active_users = static_cast<std::int32_t>(state_.waiting.users().num_active());
   stats_.service = state_.waiting.users().service();

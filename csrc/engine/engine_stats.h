@@ -44,6 +44,7 @@ struct EngineStats {
   std::int32_t num_pinned = 0;        ///< prefixes that are kept until unpin()
   std::int64_t saved_bytes = 0;       ///< host memory of preempted sequences
   std::int64_t host_cache_bytes = 0;  ///< host memory of evicted prefixes
+  std::uint32_t variant_operations = 0;  ///< Backend::variant_operations()
   bool is_paused = false;
   bool is_draining = false;
   std::int32_t num_active_users = 0;       ///< with requests that wait or run

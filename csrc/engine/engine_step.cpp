@@ -185,7 +185,7 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
   if (work.prefill_tokens == 0) {
     const double attention = state_.cost.coefficients()[3] * static_cast<double>(work.kv_tokens);
     if (static_cast<std::size_t>(batch_.num_outputs) == batch_.size()) {
-      state_.row_shapes.observe(batch_.num_outputs, seconds - attention);
+      state_.call_times.observe(batch_.num_outputs, seconds - attention);
     }
     kv_per_row_ += 0.1 * (static_cast<double>(work.kv_tokens) / work.decode_rows - kv_per_row_);
   }
@@ -206,20 +206,24 @@ void Engine::run_micro_batch(std::span<const PlannedRows> rows, const PlannedMic
 
 void Engine::count_padding(std::span<const PlannedRows> rows, const PlannedMicroBatch& extras) {
   const AttentionShape shape = backend_->attention_shape(batch_);
-  stats_.attention_computed += shape.computed_per_row * static_cast<std::int64_t>(batch_.size());
+  for (const Position position : batch_.positions) {
+    stats_.attention_computed += shape.computed(position);
+  }
   stats_.num_extra_outputs += extras.num_extra_outputs;
   std::vector<const StaticBatch*> counted;
   for (const PlannedRows& planned : rows) {
     const EngineSequence& sequence = of(planned.sequence);
     RequestMetrics& metrics = sequence.request->metrics;
     std::int64_t needed = 0;
+    std::int64_t computed = 0;
     const std::int32_t num_rows = planned.count + planned.num_drafts;
     for (std::int32_t i = 0; i < num_rows; ++i) {
       needed += shape.needed(sequence.num_computed + i);
+      computed += shape.computed(sequence.num_computed + i);
     }
     stats_.attention_needed += needed;
     metrics.attention_needed += needed;
-    metrics.attention_computed += shape.computed_per_row * num_rows;
+    metrics.attention_computed += computed;
     stats_.num_draft_tokens += planned.num_drafts;
     // Once per step and batch: in lock-step all of its members are in one call.
     const StaticBatch* batch = sequence.batch;

@@ -75,11 +75,14 @@ struct LoadState {
   bool ran_out = false;
 };
 thread_local LoadState load_state;
-thread_local std::vector<std::string>* variant_operations = nullptr;
+thread_local std::uint32_t* variant_operations = nullptr;
 
 const ggml_tensor* root_of(const ggml_tensor* tensor) {
   return tensor->view_src != nullptr ? tensor->view_src : tensor;
 }
+
+// The view of a KV cache that K is, or was cast from: llama.cpp casts single precision to half.
+const ggml_tensor* cache_view(const ggml_tensor* k) { return k->op == GGML_OP_CPY ? k->src[0] : k; }
 
 std::size_t round_up(std::size_t size, std::size_t to) { return (size + to - 1) / to * to; }
 
@@ -489,6 +492,61 @@ class Products final : public Traits {
   }
 };
 
+// ---- Gated units
+
+bool is_supported_gate(const ggml_tensor& op, Gate& function) {
+  switch (ggml_get_glu_op(&op)) {
+    case GGML_GLU_OP_SWIGLU:
+      function = Gate::kSilu;
+      break;
+    case GGML_GLU_OP_GEGLU:
+      function = Gate::kGelu;
+      break;
+    default:
+      return false;
+  }
+  const ggml_tensor& x = *op.src[0];
+  const ggml_tensor* gates = op.src[1];
+  return x.type == GGML_TYPE_F32 && op.type == GGML_TYPE_F32 && ggml_is_contiguous_1(&x) &&
+         ggml_is_contiguous_1(&op) &&
+         (gates == nullptr || (gates->type == GGML_TYPE_F32 && ggml_is_contiguous_1(gates)));
+}
+
+class GatedUnits final : public Traits {
+ public:
+  bool work_size(int, const ggml_tensor*, std::size_t& size) override {
+    size = 0;
+    return true;
+  }
+
+  bool compute_forward(ggml_compute_params* params, ggml_tensor* op) override {
+    Gate function{};
+    GGML_ASSERT(is_supported_gate(*op, function));
+    // One tensor holds both halves of a row, or each has its own.
+    const ggml_tensor& x = *op->src[0];
+    const ggml_tensor* gates = op->src[1];
+    const std::int64_t width = op->ne[0];
+    const bool is_swapped = ggml_get_op_params_i32(op, 1) != 0;
+    const std::int64_t num_rows = ggml_nrows(op);
+    const std::int64_t end = num_rows * (params->ith + 1) / params->nth;
+    for (std::int64_t i = num_rows * params->ith / params->nth; i < end; ++i) {
+      const auto row = static_cast<std::size_t>(i);
+      const auto* of_x =
+          reinterpret_cast<const float*>(static_cast<const char*>(x.data) + row * x.nb[1]);
+      const float* of_gates = of_x + (is_swapped ? 0 : width);
+      if (gates != nullptr) {
+        of_gates = reinterpret_cast<const float*>(static_cast<const char*>(gates->data) +
+                                                  row * gates->nb[1]);
+      } else if (is_swapped) {
+        of_x += width;
+      }
+      kernels_->gate(function, of_x, of_gates, width,
+                     reinterpret_cast<float*>(static_cast<char*>(op->data) + row * op->nb[1]));
+    }
+    return true;
+  }
+};
+
 // ---- Attention
 
 CacheType cache_type(ggml_type type) {
@@ -528,7 +586,7 @@ class AttentionOp final : public Traits {
   }
 
   bool compute_forward(ggml_compute_params* params, ggml_tensor* op) override {
-    CacheScope::Cache* cache = Registry::instance().find(root_of(op->src[1]));
+    CacheScope::Cache* cache = Registry::instance().find(root_of(cache_view(op->src[1])));
     GGML_ASSERT(cache != nullptr);
     Job job(*kernels_, *params, *op, *cache);
     job.run();
@@ -587,11 +645,11 @@ class AttentionOp final : public Traits {
     // The first layer of a cache comes first in every graph. Those behind it see the same mask.
     void make_plan() {
       AttentionPlan& plan = cache_.plan;
-      const bool is_first = root_of(op_.src[1]) == cache_.layers.front();
+      const bool is_first = root_of(cache_view(op_.src[1])) == cache_.layers.front();
       if (!is_first && plan.is_for(mask_, rows_per_tile())) return;
       ggml_barrier(params_.threadpool);  // until all threads have looked at the plan
       if (params_.ith == 0) {
-        const ggml_tensor& k = *op_.src[1];
+        const ggml_tensor& k = *cache_view(op_.src[1]);
         cache_.positions->read(static_cast<std::int32_t>(k.view_offs / k.nb[3]),
                                static_cast<std::int32_t>(mask_.num_streams),
                                static_cast<std::int32_t>(mask_.num_cells), plan.begin(mask_));
@@ -780,6 +838,7 @@ class BufferType final : public ggml::cpu::extra_buffer_type {
   explicit BufferType(const KernelSet& kernels) {
     products_.use(kernels);
     attention_.use(kernels);
+    gates_.use(kernels);
     type_.iface.get_name = name_of_type;
     type_.iface.alloc_buffer = allocate_weights;
     type_.iface.get_alignment = alignment_of_weights;
@@ -817,9 +876,15 @@ class BufferType final : public ggml::cpu::extra_buffer_type {
       case GGML_OP_GET_ROWS:
         if (is_ours(op->src[0])) return &products_;
         break;
+      case GGML_OP_GLU: {
+        // Only in models of ours: what feeds it was multiplied by our kernels.
+        Gate function{};
+        if (is_of_ours(op->src[0]) && is_supported_gate(*op, function)) return &gates_;
+        break;
+      }
       case GGML_OP_FLASH_ATTN_EXT:
         if (is_supported_attention(*op) &&
-            Registry::instance().find(root_of(op->src[1])) != nullptr) {
+            Registry::instance().find(root_of(cache_view(op->src[1]))) != nullptr) {
           return &attention_;
         }
         break;
@@ -835,31 +900,41 @@ class BufferType final : public ggml::cpu::extra_buffer_type {
     return tensor != nullptr && tensor->buffer != nullptr && tensor->buffer->buft == &type_;
   }
 
+  [[nodiscard]] bool is_of_ours(const ggml_tensor* tensor) const {
+    while (tensor != nullptr && tensor->op != GGML_OP_MUL_MAT && tensor->op != GGML_OP_MUL_MAT_ID) {
+      tensor = tensor->src[0];
+    }
+    return tensor != nullptr && is_ours(tensor->src[0]);
+  }
+
   // Operations of ggml whose sums depend on the number of rows, the cells of others or the chunk.
   static void note(const ggml_tensor& op) {
     if (variant_operations == nullptr) return;
     switch (op.op) {
       case GGML_OP_MUL_MAT:
+      case GGML_OP_OUT_PROD:
+        *variant_operations |= kMatrixProduct;
+        break;
       case GGML_OP_MUL_MAT_ID:
+        *variant_operations |= kExpertProduct;
+        break;
       case GGML_OP_FLASH_ATTN_EXT:
       case GGML_OP_SOFT_MAX:
-      case GGML_OP_OUT_PROD:
+        *variant_operations |= kAttention;
+        break;
       case GGML_OP_GATED_DELTA_NET:
       case GGML_OP_GATED_LINEAR_ATTN:
+        *variant_operations |= kLinearAttention;
         break;
       default:
-        return;
-    }
-    std::string name = ggml_op_name(op.op);
-    if (std::find(variant_operations->begin(), variant_operations->end(), name) ==
-        variant_operations->end()) {
-      variant_operations->push_back(std::move(name));
+        break;
     }
   }
 
   ggml_backend_buffer_type type_{};
   Products products_;
   AttentionOp attention_;
+  GatedUnits gates_;
 };
 
 }  // namespace
@@ -899,9 +974,7 @@ CacheScope::CacheScope(std::vector<const void*> layers, std::unique_ptr<CellPosi
 }
 CacheScope::~CacheScope() { Registry::instance().remove(*cache_); }
 
-VariantWatch::VariantWatch(std::vector<std::string>& operations) {
-  variant_operations = &operations;
-}
+VariantWatch::VariantWatch(std::uint32_t& operations) { variant_operations = &operations; }
 VariantWatch::~VariantWatch() { variant_operations = nullptr; }
 
 }  // namespace batchcore::kernels

@@ -22,6 +22,12 @@ struct ProductTask {
   std::int64_t num_rows;
 };
 
+/// Activation functions of gated units, times the gate.
+enum class Gate : std::uint8_t {
+  kSilu,  ///< x / (1 + e^−x)
+  kGelu,  ///< by tanh: x / 2 · (1 + tanh(√(2/π) · (x + 0.044715·x³)))
+};
+
 struct FormatKernels {
   /// Computes a task. Each output is one chain of float operations in the order of columns, the
   /// same however many rows and groups a task has, and on every instruction set.
@@ -36,6 +42,9 @@ struct KernelSet {
   void (*scan_mask)(const MaskScan& scan);
   void (*attend)(const AttentionTask& task, float* scratch);
   void (*merge)(const MergeTask& task);
+  /// outputs[i] = f(x[i]) · gates[i]
+  void (*gate)(Gate function, const float* x, const float* gates, std::int64_t count,
+               float* outputs);
 };
 
 }  // namespace batchcore::kernels

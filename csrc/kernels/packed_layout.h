@@ -4,11 +4,12 @@
 // byte for each of [16 rows][4 columns], which is what one multiply-add instruction of 8-bit
 // integers takes. Fewer bits are stored in planes:
 //
-//   low plane, 8 bits    byte plane[64·s] holds step s
-//   low plane, 4 bits    byte plane[64·(s mod 4)] holds steps s and s + 4, the lower one in the low
-//   half low plane, 2 bits    byte plane[64·(s / 4)] holds steps 4·(s / 4) to 4·(s / 4) + 3 high
-//   plane, 1 bit    bit of byte i of step s is bit i of the 64-bit word s high plane, 2 bits   as
-//   the low plane of 2 bits
+//   - 8 bits: byte 64·s + i of the plane is byte i of step s.
+//   - 4 bits: byte 64·(s mod 4) + i holds steps s and s + 4, the first in its lower half.
+//   - 2 bits: byte 64·(s / 4) + i holds four steps, the first in its lowest bits.
+//   - 1 bit: byte i holds all eight steps, the first in its lowest bit.
+//
+// Weights of 3, 5 or 6 bits have a second plane, of their high bits, behind the first.
 //
 // The scales follow the planes, 16 of each kind, so that a group is read from one end to the other.
 // Formats with 256 columns to a scale put a header before eight blocks.

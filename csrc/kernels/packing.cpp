@@ -194,14 +194,10 @@ void write_low(const PackedLayout& layout, const Steps& steps, std::uint8_t* pla
 
 void write_high(const PackedLayout& layout, const Steps& steps, std::uint8_t* plane) {
   if (layout.high_bits == 1) {
-    for (int s = 0; s < 8; ++s) {
-      for (int byte = 0; byte < 8; ++byte) {
-        int bits = 0;
-        for (int i = 0; i < 8; ++i) {
-          bits |= ((steps[s][8 * byte + i] >> layout.low_bits) & 1) << i;
-        }
-        plane[8 * s + byte] = static_cast<std::uint8_t>(bits);
-      }
+    for (int i = 0; i < 64; ++i) {
+      int bits = 0;
+      for (int s = 0; s < 8; ++s) bits |= ((steps[s][i] >> layout.low_bits) & 1) << s;
+      plane[i] = static_cast<std::uint8_t>(bits);
     }
   } else if (layout.high_bits == 2) {
     for (int j = 0; j < 2; ++j) {
@@ -286,7 +282,7 @@ void read_quants(const PackedLayout& layout, const std::uint8_t* block, int row,
       value = (block[64 * (step / 4) + at] >> (step % 4 * 2)) & 3;
     }
     if (layout.high_bits == 1) {
-      value |= ((high[8 * step + at / 8] >> (at % 8)) & 1) << layout.low_bits;
+      value |= ((high[at] >> step) & 1) << layout.low_bits;
     } else if (layout.high_bits == 2) {
       value |= ((high[64 * (step / 4) + at] >> (step % 4 * 2)) & 3) << 4;
     }

@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <string>
 #include <vector>
 
 namespace batchcore::kernels {
@@ -65,12 +64,21 @@ class CacheScope {
   const std::unique_ptr<Cache> cache_;
 };
 
-/// While one exists, notes the operations of the graphs that its thread computes whose results
-/// depend on what else is in a call.
+/// What can make the results of a row depend on the other rows of a call, as bits of a mask.
+enum VariantOperation : std::uint32_t {
+  kGgmlKernels = 1U << 0,      ///< the model runs on ggml's kernels, or on another device
+  kMatrixProduct = 1U << 1,    ///< of a format or with a tensor that our kernels do not take
+  kExpertProduct = 1U << 2,    ///< the same, in a mixture of experts
+  kAttention = 1U << 3,        ///< without flash attention, or of a kind that is not ours
+  kLinearAttention = 1U << 4,  ///< computes the tokens of a call in chunks
+};
+inline constexpr const char* kVariantOperationNames[] = {
+    "ggml kernels", "matrix product", "expert product", "attention", "linear attention"};
+
+/// While one exists, adds to a mask what the graphs that its thread computes contain.
 class VariantWatch {
  public:
-  /// `operations` gets ggml's names, each once.
-  explicit VariantWatch(std::vector<std::string>& operations);
+  explicit VariantWatch(std::uint32_t& operations);
   ~VariantWatch();
   VariantWatch(const VariantWatch&) = delete;
   VariantWatch& operator=(const VariantWatch&) = delete;

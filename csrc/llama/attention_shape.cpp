@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "kernels/attention_task.h"
 #include "llama/kv_caches.h"
 
 namespace batchcore {
@@ -35,14 +36,15 @@ std::int64_t cells_per_row(const llama_kv_cache& cache, const MicroBatch& batch)
 
 }  // namespace
 
-AttentionShape attention_shape(llama_memory_i* memory, const MicroBatch& batch,
-                               std::int32_t window) {
+AttentionShape attention_shape(llama_memory_i* memory, const MicroBatch& batch, std::int32_t window,
+                               bool uses_kernels) {
   AttentionShape shape;
   shape.window = window;
+  if (uses_kernels) shape.block = kernels::kKeyBlock;
   for (const KvCacheRef& ref : kv_caches(memory)) {
     const auto num_layers = static_cast<std::int32_t>(ref.cache->get_layer_ids().size());
     (ref.is_windowed ? shape.num_window_layers : shape.num_full_layers) += num_layers;
-    shape.computed_per_row += num_layers * cells_per_row(*ref.cache, batch);
+    if (!uses_kernels) shape.computed_per_row += num_layers * cells_per_row(*ref.cache, batch);
   }
   return shape;
 }

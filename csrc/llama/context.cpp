@@ -4,6 +4,8 @@
 #include <llama.h>
 // The memory breakdown is not in llama.h yet; upstream's staging header is C++ and may change.
 #include <../src/llama-ext.h>
+// Nor is what became of flash attention "auto".
+#include <../src/llama-context.h>
 
 #include <algorithm>
 #include <array>
@@ -121,6 +123,10 @@ Context::Context(std::shared_ptr<const LlamaModel> model, const ContextParams& p
     attach_threads();
     if (model_->uses_kernels()) {
       attention_kernels_ = use_attention_kernels(llama_get_memory(context_));
+      // They compute ggml's flash attention on a CPU; without it attention is several operations.
+      const bool is_on_gpu = params_.offload_kqv && model_->uses_gpu();
+      uses_attention_kernels_ =
+          !attention_kernels_.empty() && context_->get_cparams().flash_attn && !is_on_gpu;
     }
   } catch (...) {
     close();

@@ -75,6 +75,10 @@ class Context {
   [[nodiscard]] std::int32_t cells_per_slot() const { return cells_per_slot_; }
   [[nodiscard]] bool has_memory() const { return has_memory_; }
 
+  /// Whether batchcore's kernels compute the attention: each row then goes over positions of its
+  /// own sequence only.
+  [[nodiscard]] bool uses_attention_kernels() const { return uses_attention_kernels_; }
+
   /// What a user should know about these parameters.
   [[nodiscard]] const std::vector<std::string>& warnings() const { return warnings_; }
 
@@ -96,6 +100,7 @@ class Context {
   ContextParams params_;
   std::int32_t cells_per_slot_ = 0;
   bool has_memory_ = false;
+  bool uses_attention_kernels_ = false;
   std::vector<std::string> warnings_;
   std::atomic<bool> interrupted_{false};
   ggml_threadpool* threads_ = nullptr;

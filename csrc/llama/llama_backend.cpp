@@ -27,11 +27,19 @@ ContextParams one_micro_batch_per_call(ContextParams params) {
   return params;
 }
 
+// batchcore's kernels take any number of rows; ggml's take fours (docs/design.md), and a GPU may.
+std::int32_t row_group(const LlamaModel& model) {
+  return model.uses_kernels() && !model.uses_gpu() ? 1 : BackendInfo{}.row_group;
+}
+
 // ggml's flash attention on a CPU goes row by row over the cells that the row attends to, and from
 // 64 rows on over tiles of rows, each with the cells that any of its rows attends to
 // (ggml-cpu/ops.cpp, ggml_fa_tile_config). It has tiles for caches that are not quantised.
-std::int32_t attention_tile(const LlamaModel& model, const ContextParams& params) {
+// batchcore's attention takes tiles of one sequence.
+std::int32_t attention_tile(const LlamaModel& model, const Context& context) {
   constexpr std::int32_t kTileRows = 64;
+  if (context.uses_attention_kernels()) return 0;
+  const ContextParams& params = context.params();
   const bool has_tiles =
       params.type_k == params.type_v && (params.type_k == "f16" || params.type_k == "f32");
   const bool is_flash = params.flash_attn != FlashAttention::kOff;
@@ -57,10 +65,12 @@ LlamaBackend::LlamaBackend(std::shared_ptr<const LlamaModel> model, const Contex
       .n_ubatch = effective.n_ubatch,
       .max_outputs = effective.max_outputs,
       .window = model_->n_swa(),  // full-size windows too reuse cells that are masked
-      .attention_tile = attention_tile(*model_, effective),
+      .row_group = row_group(*model_),
+      .attention_tile = attention_tile(*model_, *context_),
       .layout = effective.layout,
       .memory = model_->memory_kind(),
   };
+  if (!model_->uses_kernels() || model_->uses_gpu()) variant_operations_ = kernels::kGgmlKernels;
   next_position_.assign(static_cast<std::size_t>(info_.num_slots), -1);
 }
 
@@ -105,6 +115,7 @@ DecodeStatus LlamaBackend::decode(const MicroBatch& batch) {
   }
 
   const LogCapture capture;
+  const kernels::VariantWatch watch(variant_operations_);
   std::int32_t code = 0;
   try {
     code = llama_process(context_->get(), LLAMA_PROCESS_TYPE_DECODE, batch_.get());
@@ -198,7 +209,8 @@ const float* LlamaBackend::logits(std::int32_t index) {
 }
 
 AttentionShape LlamaBackend::attention_shape(const MicroBatch& batch) const {
-  return batchcore::attention_shape(memory_, batch, info_.window);
+  return batchcore::attention_shape(memory_, batch, info_.window,
+                                    context_->uses_attention_kernels());
 }
 
 Position LlamaBackend::pos_min(SeqId seq_id) const {

@@ -49,6 +49,8 @@ class LlamaBackend final : public Backend {
     return context_ == nullptr ? 0 : context_->num_graphs_reused();
   }
 
+  [[nodiscard]] std::uint32_t variant_operations() const override { return variant_operations_; }
+
   /// The context beneath: effective parameters, warnings, memory and graph figures.
   [[nodiscard]] const Context& context() const { return *context_; }
 
@@ -80,6 +82,7 @@ class LlamaBackend final : public Backend {
   // Copies between streams that llama.cpp carries out at the start of the next decode.
   std::vector<std::pair<SeqId, SeqId>> pending_copies_;
   std::vector<std::uint8_t> state_;  // scratch of copy_state()
+  std::uint32_t variant_operations_ = 0;
   std::string last_error_;
 };
 

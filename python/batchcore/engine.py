@@ -102,11 +102,13 @@ class Engine:
             max_sequence_tokens: Prompt and output of one sequence together, at most; None means
                 what the model was trained with. Never more than its part of `n_ctx`.
             n_ubatch: Tokens per decode call at most; 512 where nothing is said.
-            kv_layout: `unified`: one pool of cells, prefixes are shared without a copy. `streams`:
-                a fixed part per sequence, which decodes faster on a CPU, but wastes what a sequence
-                does not use and caps its length. `auto`, the default, is `streams` without prefix
-                caching, and on a CPU where `n_ctx` has room for `max_num_seqs` sequences of
-                `max_sequence_tokens`; else `unified`.
+            kv_layout: `unified`: one pool of cells; any sequence may use any cell, and prefixes are
+                shared without a copy. `streams`: each sequence has a fixed part of the cells, which
+                limits its length; with ggml's kernels this decodes faster on a CPU. `auto`
+                (default) picks `unified` where batchcore's kernels compute the attention (on a CPU,
+                `Model.kernels` is not `ggml`, `flash_attn` is not `off`). Elsewhere it picks
+                `streams` if prefix caching is off, or on a CPU if `n_ctx` has room for
+                `max_num_seqs` sequences of `max_sequence_tokens`; otherwise `unified`.
             prefix_caching: Reuse the cells of requests that start with the same tokens.
             prefill_policy: How much prompts may slow down sequences that decode.
             target_itl_ms: Time between tokens that prompt chunks are sized for; None lets a step
@@ -173,8 +175,10 @@ class Engine:
         self.model = model if isinstance(model, Model) else Model(model, n_gpu_layers=n_gpu_layers)
         """The model it runs."""
         if kv_layout == "auto":
+            on_cpu = not (offload_kqv and self.model._native.uses_gpu)
             kv_layout = engine_options.layout_for(
-                on_cpu=not (offload_kqv and self.model._native.uses_gpu),
+                on_cpu=on_cpu,
+                skips_others=on_cpu and self.model.kernels != "ggml" and flash_attn != "off",
                 memory_kind=self.model._native.memory_kind,
                 prefix_caching=prefix_caching,
                 cells_per_sequence=n_ctx // num_seqs,

@@ -72,16 +72,21 @@ def sequences_that_run(max_num_seqs: object, n_ctx: int) -> int:
 def layout_for(
     *,
     on_cpu: bool,
+    skips_others: bool,
     memory_kind: str,
     prefix_caching: bool,
     cells_per_sequence: int,
     max_sequence_tokens: int | None,
 ) -> Literal["unified", "streams"]:
-    """The KV layout to take where the user leaves the choice.
+    """The KV layout for `kv_layout="auto"`; docs/design.md has the reasons and figures.
 
-    Streams are faster on a CPU (docs/design.md has figures), but only as long as a sequence's part:
-    they are taken where they can't turn anybody away.
+    If attention skips the cells of other sequences (`skips_others`, as batchcore's kernels do),
+    `unified` is best: prefixes are shared without a copy, and a sequence may use any cell.
+    Otherwise `streams` are faster on a CPU. They limit a sequence to its part of the cells, so they
+    are taken only if no request can be longer than that.
     """
+    if skips_others:
+        return "unified"
     if not prefix_caching:
         return "streams"
     fits = max_sequence_tokens is not None and max_sequence_tokens <= cells_per_sequence

@@ -109,6 +109,11 @@ class Model:
         """The file and what is in it."""
         return f"Model({self.path!r}: {self.description})"
 
+    @staticmethod
+    def available_kernels() -> str:
+        """What `kernels="auto"` means on this CPU: an instruction set, or `ggml` for none."""
+        return _core.available_kernels()
+
     @property
     def path(self) -> str:
         """The file it was loaded from."""

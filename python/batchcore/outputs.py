@@ -54,7 +54,7 @@ class RequestPadding:
     attention_needed: int
     """That they attended to."""
     attention_computed: int
-    """That attention went over for them: with other sequences' cells, holes and padding."""
+    """Key positions that attention went over for its rows, as in `PaddingStats`."""
 
 
 @dataclass(slots=True)

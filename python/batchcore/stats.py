@@ -26,11 +26,15 @@ class PaddingStats:
     attention_needed: int
     """Key positions that the rows attended to, summed over the layers that have any."""
     attention_computed: int
-    """Those that attention went over: with other sequences' cells, holes and padding to 256."""
+    """Key positions that attention went over.
+
+    With batchcore's kernels: those of the row's own sequence, in blocks of 32. With ggml's: also
+    other sequences' cells, empty cells and padding to 256.
+    """
     num_rows: int
     """Rows computed."""
     num_filler_rows: int
-    """Those of them that only gave a call a cheaper shape."""
+    """Dummy rows among them: they bridge gaps between streams or fill a group of rows."""
     num_extra_outputs: int
     """Logits that were computed only for the shape."""
 
@@ -41,7 +45,7 @@ class PaddingStats:
 
     @property
     def attention_waste(self) -> float:
-        """Share of the key positions that were gone over for nothing (CPUs skip most quickly)."""
+        """Share of the key positions that were gone over for nothing (ggml skips most quickly)."""
         return _share(self.attention_computed - self.attention_needed, self.attention_computed)
 
     @property
@@ -224,6 +228,17 @@ class EngineStats:
     """Tokens that a step computed."""
     padding: PaddingStats
     """What was computed, or stood idle, for nothing."""
+    variant_operations: tuple[str, ...]
+    """What in the calls so far lets outputs depend on the load: `ggml kernels`, `matrix product`,
+    `expert product`, `attention`, `linear attention`. Empty when nothing does."""
+
+    @property
+    def is_batch_invariant(self) -> bool | None:
+        """Whether tokens and log-probabilities are the same to the bit whatever else is running.
+
+        None until the engine has computed something.
+        """
+        return not self.variant_operations if self.num_micro_batches else None
 
     @classmethod
     def from_native(cls, counters: dict[str, Any]) -> Self:

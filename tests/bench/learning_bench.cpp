@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
+#include "core/call_times.h"
 #include "core/histogram.h"
 #include "core/output_history.h"
-#include "core/row_shapes.h"
 #include "core/step_cost.h"
 
 namespace {
@@ -34,28 +34,28 @@ void step_cost_seconds(benchmark::State& state) {
 BENCHMARK(step_cost_seconds);
 
 // Both sizes are known, so that two medians decide.
-void row_shapes_preferred(benchmark::State& state) {
-  RowShapes shapes;
+void call_times_preferred(benchmark::State& state) {
+  CallTimes times;
   for (int i = 0; i < 8; ++i) {
-    shapes.observe(15, 0.021 + 1e-4 * i);
-    shapes.observe(16, 0.020 + 1e-4 * i);
+    times.observe(15, 0.021 + 1e-4 * i);
+    times.observe(16, 0.020 + 1e-4 * i);
   }
   for (auto _ : state) {
-    std::int32_t preferred = shapes.preferred(15);
+    std::int32_t preferred = times.preferred(15, 4);
     benchmark::DoNotOptimize(preferred);
   }
 }
-BENCHMARK(row_shapes_preferred);
+BENCHMARK(call_times_preferred);
 
-void row_shapes_observe(benchmark::State& state) {
-  RowShapes shapes;
+void call_times_observe(benchmark::State& state) {
+  CallTimes times;
   std::int32_t rows = 0;
   for (auto _ : state) {
-    shapes.observe(rows, 0.02);
+    times.observe(rows, 0.02);
     rows = (rows + 1) % 256;
   }
 }
-BENCHMARK(row_shapes_observe);
+BENCHMARK(call_times_observe);
 
 // Once per running sequence whenever somebody might be admitted.
 void output_history_expected(benchmark::State& state) {

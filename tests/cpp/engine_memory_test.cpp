@@ -166,6 +166,10 @@ TEST_CASE("dummy rows change no output and leave no trace") {
       SimEngine grouped(options);
       options.cost.loose_row_s = 0.0;
       SimEngine plain(options);
+      options.row_group = 1;
+      options.cost.loose_row_s = 0.01;
+      SimEngine ungrouped(options);
+      std::vector<std::shared_ptr<RequestChannel>> unfilled;
       std::vector<std::shared_ptr<RequestChannel>> ours;
       std::vector<std::shared_ptr<RequestChannel>> theirs;
       for (int i = 0; i < 60; ++i) {
@@ -173,15 +177,21 @@ TEST_CASE("dummy rows change no output and leave no trace") {
         spec.sampling.ignore_eos = true;
         ours.push_back(grouped.engine.submit(spec));
         theirs.push_back(plain.engine.submit(spec));
+        unfilled.push_back(ungrouped.engine.submit(spec));
       }
       REQUIRE(grouped.run());
       REQUIRE(plain.run());
+      REQUIRE(ungrouped.run());
       CAPTURE(static_cast<int>(layout));
       CAPTURE(static_cast<int>(memory));
       CHECK(grouped.engine.stats().num_filler_rows > 0);
+      // Without row groups only gaps between streams get dummy rows.
+      CHECK(ungrouped.engine.stats().num_extra_outputs == 0);
+      if (layout == KvLayout::kUnified) CHECK(ungrouped.engine.stats().num_filler_rows == 0);
       for (std::size_t i = 0; i < ours.size(); ++i) {
-        CHECK(collect(*ours[i]).completions[0].token_ids ==
-              collect(*theirs[i]).completions[0].token_ids);
+        const Tokens expected = collect(*theirs[i]).completions[0].token_ids;
+        CHECK(collect(*ours[i]).completions[0].token_ids == expected);
+        CHECK(collect(*unfilled[i]).completions[0].token_ids == expected);
       }
     }
   }

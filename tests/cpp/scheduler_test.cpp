@@ -254,20 +254,20 @@ TEST_CASE("a prefix in host memory is restored where it goes further than what a
 }
 
 TEST_CASE("the faster number of rows is found by trying, and tried again later") {
-  RowShapes shapes;
+  CallTimes times;
   double loose = 3.0;
   const auto seconds = [&loose](std::int32_t rows) { return 10.0 + rows + loose * (rows % 4); };
   const auto decode = [&](std::int32_t rows, int calls) {
     int filled = 0;
     for (int i = 0; i < calls; ++i) {
-      const std::int32_t size = shapes.preferred(rows);
-      CHECK((size == rows || size == RowShapes::next_group(rows)));
-      shapes.observe(size, seconds(size));
+      const std::int32_t size = times.preferred(rows, 4);
+      CHECK((size == rows || size == next_multiple(rows, 4)));
+      times.observe(size, seconds(size));
       filled += size != rows ? 1 : 0;
     }
     return filled;
   };
-  CHECK(shapes.preferred(8) == 8);
+  CHECK(times.preferred(8, 4) == 8);
   CHECK(decode(15, 300) > 280);  // 16 costs 26, 15 costs 34
   loose = 0.0;
   decode(15, 5000);  // now 15 costs 25; it is tried every 400 calls
@@ -281,8 +281,8 @@ TEST_CASE("calls get the number of rows that is known to be faster") {
   scene.state.info.n_ubatch = 512;
   scene.config.max_num_seqs = 4;
   for (int i = 0; i < 5; ++i) {
-    scene.state.row_shapes.observe(3, 0.060);
-    scene.state.row_shapes.observe(4, 0.048);
+    scene.state.call_times.observe(3, 0.060);
+    scene.state.call_times.observe(4, 0.048);
   }
   scene.runs(0, numbers(1, 4), 3);
   scene.runs(1, numbers(1, 4), 3);
@@ -331,6 +331,90 @@ TEST_CASE("sequences are kept apart where attention between them would be comput
     for (SeqId slot = 2; slot < 18; ++slot) scene.runs(slot, numbers(40 * slot, 4), 3);
     CHECK(scene.plan().micro_batches.size() == 1);
   }
+}
+
+TEST_CASE("kernels that take any number of rows get no dummy rows and no extra logits") {
+  Scene scene(KvLayout::kUnified, 4096);
+  scene.state.info.row_group = 1;
+  scene.state.info.max_outputs = 16;
+  scene.state.info.n_ubatch = 512;
+  scene.config.max_num_seqs = 4;
+  for (int i = 0; i < 5; ++i) {
+    scene.state.call_times.observe(3, 0.060);
+    scene.state.call_times.observe(4, 0.048);  // by chance: nothing is to be learnt from it
+  }
+  for (SeqId slot = 0; slot < 3; ++slot) scene.runs(slot, numbers(1, 4), 3);
+  CHECK(scene.plan().micro_batches.at(0).filler_slots.empty());
+  // With row groups of four the chunk has 125 tokens.
+  scene.waits(std::vector<Token>(400, 9));
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.micro_batches.size() == 1);
+  CHECK(Scene::rows(plan.micro_batches[0]) == "1x1 2x1 3x1 4x128");
+  CHECK(plan.micro_batches[0].filler_slots.empty());
+  CHECK(plan.micro_batches[0].num_extra_outputs == 0);
+}
+
+TEST_CASE("kernels that take any number of rows get decoding and prompts in one call") {
+  Scene scene(KvLayout::kUnified, 4096, 24);
+  scene.state.info.row_group = 1;
+  scene.state.info.max_outputs = 24;
+  scene.state.info.n_ubatch = 512;
+  scene.config.max_num_seqs = 24;
+  for (SeqId slot = 0; slot < 3; ++slot) scene.runs(slot, numbers(40 * slot, 4), 3);
+  scene.waits(numbers(300, 100));
+  scene.waits(numbers(500, 50));
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.micro_batches.size() == 1);
+  CHECK(Scene::rows(plan.micro_batches[0]) == "1x1 2x1 3x1 4x100 5x28");
+}
+
+TEST_CASE("a chunk has as many tokens as the target allows where rows come in no groups") {
+  Scene scene(KvLayout::kUnified, 4096);
+  scene.state.info.row_group = 1;
+  scene.state.info.n_ubatch = 512;
+  scene.runs(0, numbers(1, 3), 2);
+  Sequence& prompt = scene.waits(std::vector<Token>(400, 9));
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x128");
+  for (int i = 0; i < 40; ++i) {
+    const std::int32_t prefill = 16 * (i % 9);
+    const std::int32_t rows = 1 + i % 5;
+    scene.state.cost.observe({prefill, rows, 0}, 0.010 + 0.001 * prefill + 0.002 * rows);
+  }
+  scene.config.target_itl_s = 0.1145;  // 12 ms, and 102 tokens of 1 ms
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x102");
+  scene.config.target_itl_s = 0.020;
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x64");
+  scene.config.prefill_policy = PrefillPolicy::kLatency;
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x16");
+  scene.config.prefill_policy = PrefillPolicy::kThroughput;
+  CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x400");
+  SUBCASE("and up to three more where they are the prompt's last") {
+    scene.config.prefill_policy = PrefillPolicy::kLatency;
+    prompt.tokens.resize(19);
+    CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x19");
+    prompt.tokens.resize(20, 9);
+    CHECK(Scene::rows(scene.plan().micro_batches.at(0)) == "1x1 2x16");
+  }
+}
+
+TEST_CASE("gaps between streams are bridged for any kernels, groups are filled for some") {
+  Scene scene(KvLayout::kStreams, 16 * 64, 16);
+  scene.state.info.row_group = 1;
+  scene.state.info.max_outputs = 16;
+  for (int i = 0; i < 5; ++i) {
+    scene.state.call_times.observe(4, 0.060);
+    scene.state.call_times.observe(5, 0.060);
+    scene.state.call_times.observe(8, 0.048);
+  }
+  scene.runs(0, numbers(1, 4), 3);
+  scene.runs(1, numbers(1, 40), 4);  // a prompt: a token of it is computed in the call that decodes
+  scene.runs(3, numbers(1, 4), 3);
+  const StepPlan plan = scene.plan();
+  REQUIRE(plan.micro_batches.size() == 2);
+  CHECK(Scene::rows(plan.micro_batches[0]) == "2x16");
+  CHECK(Scene::rows(plan.micro_batches[1]) == "1x1 2x1 3x1");
+  CHECK(plan.micro_batches[1].filler_slots == std::vector<SeqId>{2});
+  CHECK(plan.micro_batches[1].num_extra_outputs == 0);
 }
 
 TEST_CASE("a prompt's chunk is sized for the batch that builds up, not for the few who decode") {
@@ -431,8 +515,8 @@ TEST_CASE("a prompt's token takes the place of a dummy row in a call over stream
     scene.config.max_num_seqs = 4;
     CHECK(calls() == "4x10 | 1x1 2x1 3x1");
     for (int i = 0; i < 5; ++i) {
-      scene.state.row_shapes.observe(3, 0.060);
-      scene.state.row_shapes.observe(4, 0.048);
+      scene.state.call_times.observe(3, 0.060);
+      scene.state.call_times.observe(4, 0.048);
     }
     CHECK(calls() == "4x9 | 1x1 2x1 3x1 4x1");
   }

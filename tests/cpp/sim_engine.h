@@ -34,6 +34,7 @@ struct SimOptions {
   std::int32_t num_cells = 256;
   std::int32_t cells_per_slot = 0;  ///< 0: what the layout gives
   std::int32_t n_ubatch = 32;
+  std::int32_t row_group = BackendInfo{}.row_group;
   bool prefix_caching = true;
   PreemptionMode preemption = PreemptionMode::kAuto;
   std::int64_t max_queued_requests = 1000;
@@ -53,6 +54,7 @@ inline BackendInfo sim_info(const SimOptions& options) {
   if (options.cells_per_slot > 0) info.cells_per_slot = options.cells_per_slot;
   info.n_ubatch = options.n_ubatch;
   info.max_outputs = options.n_ubatch;
+  info.row_group = options.row_group;
   info.layout = options.layout;
   info.memory = options.memory;
   return info;

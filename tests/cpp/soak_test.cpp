@@ -22,12 +22,13 @@ using testing::request;
 using testing::SimEngine;
 using testing::SimOptions;
 
-void soak(KvLayout layout, MemoryKind memory, bool with_failures) {
+void soak(KvLayout layout, MemoryKind memory, bool with_failures, std::int32_t row_group = 4) {
   constexpr int kRequests = 10'000;
   std::mt19937 random(11);
   SimOptions options;
   options.layout = layout;
   options.memory = memory;
+  options.row_group = row_group;
   options.num_slots = 16;
   options.max_num_seqs = 12;
   options.num_cells = layout == KvLayout::kUnified ? 300 : 16 * 96;
@@ -184,6 +185,9 @@ TEST_CASE("soak: 10,000 requests, unified") {
 }
 TEST_CASE("soak: 10,000 requests, streams") {
   soak(KvLayout::kStreams, MemoryKind::kAttention, false);
+}
+TEST_CASE("soak: 10,000 requests, unified, without row groups") {
+  soak(KvLayout::kUnified, MemoryKind::kAttention, false, 1);
 }
 TEST_CASE("soak: 10,000 requests, recurrent, with failures") {
   soak(KvLayout::kUnified, MemoryKind::kRecurrent, true);

@@ -32,8 +32,8 @@ std::vector<DraftOffer> offers(std::size_t num_sequences, std::int32_t count, do
   return std::vector<DraftOffer>(num_sequences, offer(count, chance));
 }
 
-void measure(RowShapes& shapes, std::int32_t rows, double seconds) {
-  for (int i = 0; i < 5; ++i) shapes.observe(rows, seconds);
+void measure(CallTimes& times, std::int32_t rows, double seconds) {
+  for (int i = 0; i < 5; ++i) times.observe(rows, seconds);
 }
 
 DraftRoom room(std::int32_t plain_rows, std::int32_t extra_rows = 64) {
@@ -44,18 +44,18 @@ DraftRoom room(std::int32_t plain_rows, std::int32_t extra_rows = 64) {
 }
 
 // Gemma 3 270M on two cores, as docs/design.md has it.
-RowShapes measured() {
-  RowShapes shapes;
-  measure(shapes, 1, 0.032);
-  measure(shapes, 4, 0.048);
-  measure(shapes, 8, 0.069);
-  measure(shapes, 12, 0.105);
-  measure(shapes, 16, 0.110);
-  measure(shapes, 20, 0.143);
-  measure(shapes, 24, 0.165);
-  measure(shapes, 28, 0.190);
-  measure(shapes, 32, 0.195);
-  return shapes;
+CallTimes measured() {
+  CallTimes times;
+  measure(times, 1, 0.032);
+  measure(times, 4, 0.048);
+  measure(times, 8, 0.069);
+  measure(times, 12, 0.105);
+  measure(times, 16, 0.110);
+  measure(times, 20, 0.143);
+  measure(times, 24, 0.165);
+  measure(times, 28, 0.190);
+  measure(times, 32, 0.195);
+  return times;
 }
 
 StepCost fitted(double call_s, double row_s) {
@@ -68,68 +68,109 @@ StepCost fitted(double call_s, double row_s) {
 }
 
 TEST_CASE("one sequence has drafts verified where rows are cheap, as far as they are likely") {
-  const RowShapes shapes = measured();
+  const CallTimes times = measured();
   const StepCost cost;
-  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), shapes, cost) == Counts{3});
-  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), shapes, cost) == Counts{7});  // 5.7 for 69 ms
-  CHECK(choose_drafts(offers(1, 7, 0.6), room(1), shapes, cost) == Counts{3});
-  CHECK(choose_drafts(offers(1, 3, 0.3), room(1), shapes, cost) == Counts{0});  // 1.42 for 48 ms
-  CHECK(choose_drafts(offers(1, 3, 0.0), room(1), shapes, cost) == Counts{0});
-  CHECK(choose_drafts(offers(1, 0, 0.0), room(1), shapes, cost) == Counts{0});
-  CHECK(choose_drafts(offers(1, 7, 0.9), room(1, 3), shapes, cost) == Counts{3});
-  CHECK(choose_drafts(offers(1, 7, 0.9), room(1, 0), shapes, cost) == Counts{0});
+  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), times, cost) == Counts{3});
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), times, cost) == Counts{7});  // 5.7 for 69 ms
+  CHECK(choose_drafts(offers(1, 7, 0.6), room(1), times, cost) == Counts{3});
+  CHECK(choose_drafts(offers(1, 3, 0.3), room(1), times, cost) == Counts{0});  // 1.42 for 48 ms
+  CHECK(choose_drafts(offers(1, 3, 0.0), room(1), times, cost) == Counts{0});
+  CHECK(choose_drafts(offers(1, 0, 0.0), room(1), times, cost) == Counts{0});
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1, 3), times, cost) == Counts{3});
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1, 0), times, cost) == Counts{0});
 }
 
 TEST_CASE("a large batch has none, unless nearly all are right") {
-  const RowShapes shapes = measured();
+  const CallTimes times = measured();
   const StepCost cost;
-  CHECK(choose_drafts(offers(16, 3, 0.7), room(16), shapes, cost) == Counts(16, 0));
-  CHECK(choose_drafts(offers(16, 3, 0.0), room(16), shapes, cost) == Counts(16, 0));
-  CHECK(choose_drafts(offers(16, 1, 0.99), room(16), shapes, cost) == Counts(16, 1));
+  CHECK(choose_drafts(offers(16, 3, 0.7), room(16), times, cost) == Counts(16, 0));
+  CHECK(choose_drafts(offers(16, 3, 0.0), room(16), times, cost) == Counts(16, 0));
+  CHECK(choose_drafts(offers(16, 1, 0.99), room(16), times, cost) == Counts(16, 1));
 }
 
 TEST_CASE("rows go to the drafts that are likeliest") {
-  const RowShapes shapes = measured();
+  const CallTimes times = measured();
   const std::vector<DraftOffer> mixed{offer(4, 0.2), offer(4, 0.95), offer(0, 0.0), offer(4, 0.5)};
-  CHECK(choose_drafts(mixed, room(4), shapes, StepCost{}) == Counts{0, 4, 0, 0});
+  CHECK(choose_drafts(mixed, room(4), times, StepCost{}) == Counts{0, 4, 0, 0});
 }
 
 TEST_CASE("nothing is drafted before it is known what calls without drafts take") {
-  RowShapes shapes;
+  CallTimes times;
   const StepCost cost = fitted(0.030, 0.001);
-  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), shapes, cost) == Counts{0});
-  measure(shapes, 1, 0.031);
-  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), shapes, cost) == Counts{3});
-  for (int i = 0; i < 101; ++i) shapes.observe(4, 0.034);  // and again now and then
-  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), shapes, cost) == Counts{0});
+  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), times, cost) == Counts{0});
+  measure(times, 1, 0.031);
+  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), times, cost) == Counts{3});
+  for (int i = 0; i < 101; ++i) times.observe(4, 0.034);  // and again now and then
+  CHECK(choose_drafts(offers(1, 3, 0.9), room(1), times, cost) == Counts{0});
 }
 
 TEST_CASE("a size of call that was not measured is tried where the fitted cost says that it pays") {
-  RowShapes shapes;
-  measure(shapes, 1, 0.031);
-  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), shapes, fitted(0.030, 0.001)) == Counts{3});
-  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), shapes, fitted(0.001, 0.030)) == Counts{0});
-  measure(shapes, 4, 0.110);  // nearly four times as much, whatever was predicted
-  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), shapes, fitted(0.030, 0.001)) == Counts{0});
-  for (int i = 0; i < 401; ++i) shapes.observe(1, 0.031);  // machines get busy and idle
-  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), shapes, fitted(0.030, 0.001)) == Counts{3});
+  CallTimes times;
+  measure(times, 1, 0.031);
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), times, fitted(0.030, 0.001)) == Counts{3});
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), times, fitted(0.001, 0.030)) == Counts{0});
+  measure(times, 4, 0.110);  // nearly four times as much, whatever was predicted
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), times, fitted(0.030, 0.001)) == Counts{0});
+  for (int i = 0; i < 401; ++i) times.observe(1, 0.031);  // machines get busy and idle
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), times, fitted(0.030, 0.001)) == Counts{3});
+}
+
+// For kernels that take any number of rows.
+DraftRoom any_room(std::int32_t plain_rows, std::int32_t extra_rows = 64) {
+  DraftRoom made = room(plain_rows, extra_rows);
+  made.row_group = 1;
+  return made;
+}
+
+TEST_CASE("where rows come in no groups, any number of drafts may be verified") {
+  CallTimes times;
+  for (int rows = 1; rows <= 12; ++rows) measure(times, rows, rows < 4 ? 0.030 : 0.010 * rows);
+  const StepCost cost;
+  CHECK(choose_drafts(offers(1, 7, 0.9), any_room(1), times, cost) == Counts{2});
+  CHECK(choose_drafts(offers(3, 2, 0.9), any_room(3), times, cost) == Counts{0, 0, 0});
+  CHECK(choose_drafts(offers(2, 2, 0.9), any_room(2), times, cost) == Counts{1, 0});
+  // With groups of four a call of three rows is not considered.
+  CHECK(choose_drafts(offers(1, 7, 0.9), room(1), times, cost) == Counts{3});
+}
+
+TEST_CASE("where rows come in no groups, four more than were measured are tried") {
+  CallTimes times;
+  const StepCost cost = fitted(0.030, 0.001);
+  measure(times, 1, 0.031);
+  CHECK(choose_drafts(offers(1, 7, 0.9), any_room(1), times, cost) == Counts{4});
+  measure(times, 5, 0.035);
+  CHECK(choose_drafts(offers(1, 7, 0.9), any_room(1), times, cost) == Counts{7});
+  // One draft more is hardly worth a call of its own size among 16; four are.
+  CallTimes busy;
+  measure(busy, 16, 0.046);
+  CHECK(choose_drafts(offers(16, 1, 0.99), any_room(16), busy, cost) ==
+        Counts{1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
+  // What a row takes is not read off sizes next to each other.
+  measure(busy, 17, 0.049);
+  measure(busy, 20, 0.050);
+  CHECK(choose_drafts(offers(16, 1, 0.99), any_room(16), busy, cost) ==
+        Counts{1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0});
+  // Streams are measured size by size: each of these has 16 rows more.
+  DraftRoom alike = any_room(16);
+  alike.same_for_all = true;
+  CHECK(choose_drafts(offers(16, 3, 0.99), alike, busy, cost) == Counts(16, 1));
 }
 
 TEST_CASE("where all must be alike, each has as many as the one that has fewest") {
-  RowShapes shapes;
-  measure(shapes, 2, 0.040);
-  measure(shapes, 4, 0.048);
-  measure(shapes, 6, 0.060);
+  CallTimes times;
+  measure(times, 2, 0.040);
+  measure(times, 4, 0.048);
+  measure(times, 6, 0.060);
   DraftRoom alike = room(2);
   alike.same_for_all = true;
   const StepCost cost = fitted(0.030, 0.001);
-  CHECK(choose_drafts(offers(2, 2, 0.9), alike, shapes, cost) == Counts{2, 2});
+  CHECK(choose_drafts(offers(2, 2, 0.9), alike, times, cost) == Counts{2, 2});
   const std::vector<DraftOffer> unlike{offer(4, 0.9), offer(1, 0.9)};
-  CHECK(choose_drafts(unlike, alike, shapes, cost) == Counts{1, 1});
+  CHECK(choose_drafts(unlike, alike, times, cost) == Counts{1, 1});
   const std::vector<DraftOffer> without{offer(4, 0.9), offer(0, 0.9)};
-  CHECK(choose_drafts(without, alike, shapes, cost) == Counts{0, 0});
+  CHECK(choose_drafts(without, alike, times, cost) == Counts{0, 0});
   alike.extra_rows = 3;
-  CHECK(choose_drafts(offers(2, 2, 0.9), alike, shapes, cost) == Counts{1, 1});
+  CHECK(choose_drafts(offers(2, 2, 0.9), alike, times, cost) == Counts{1, 1});
 }
 
 TEST_CASE("a call with drafts takes no longer than tokens may") {
@@ -178,7 +219,7 @@ struct DraftScene : Scene {
     config.num_speculative_tokens = 4;
     config.max_num_seqs = 6;
     state.info.max_outputs = 16;
-    for (int rows = 1; rows <= 16; ++rows) measure(state.row_shapes, rows, 0.030 + 0.001 * rows);
+    for (int rows = 1; rows <= 16; ++rows) measure(state.call_times, rows, 0.030 + 0.001 * rows);
     for (int i = 0; i < 100; ++i) {
       for (int length = 2; length <= 5; ++length) state.draft_rates.record(length, true);
     }
@@ -226,6 +267,18 @@ TEST_CASE("a plan has rows for drafts where there is room, and none otherwise") 
     scene.config.num_speculative_tokens = 0;
     CHECK(scene.planned() == Counts{0, 0, 0});
   }
+}
+
+TEST_CASE("a plan's drafts come in any number where kernels take any number of rows") {
+  DraftScene scene(KvLayout::kUnified);
+  scene.state.info.row_group = 1;
+  for (int rows = 16; rows >= 4; --rows) measure(scene.state.call_times, rows, 0.040 * rows);
+  measure(scene.state.call_times, 1, 0.031);
+  scene.drafts(0, 4);
+  CHECK(scene.planned() == Counts{2});
+  CHECK(scene.plan().micro_batches.at(0).filler_slots.empty());
+  scene.state.info.row_group = 4;
+  CHECK(scene.planned() == Counts{0});
 }
 
 TEST_CASE("streams have as many drafts each, and none beside a dummy row") {

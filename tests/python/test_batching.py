@@ -102,22 +102,65 @@ def test_lock_step_starts_when_every_prompt_is_computed(model):
     assert seen[-5:] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
 
 
-def test_attention_is_counted(model):
+@pytest.mark.parametrize("kernels", ["auto", "ggml"])
+def test_attention_is_counted(tmp_path, kernels):
+    path = synthetic_gguf(tmp_path / "model.gguf", "llama", quant="f32", n_layer=2, n_embd=64)
+    model = bc.Model(path, kernels=kernels)
     prompt = list(range(3, 43))
     with bc.Engine(model, max_num_seqs=4, n_ctx=1024, n_ubatch=64, prefix_caching=False) as engine:
         out = engine.generate(
             prompt, bc.SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
         )[0]
         padding = engine.stats().padding
-    # 40 prompt rows and two of three generated tokens, in two layers, in blocks of 256 cells.
+    # 40 prompt rows and two of three generated tokens, in two layers: in blocks of 256 cells, or of
+    # 32 positions, which are two blocks for ten of the rows.
+    computed = 42 * 256 if model.kernels == "ggml" else 32 * 32 + 10 * 64
     assert out.padding.attention_needed == 2 * sum(range(1, 43))
-    assert out.padding.attention_computed == 2 * 42 * 256
+    assert out.padding.attention_computed == 2 * computed
     assert (padding.attention_needed, padding.attention_computed) == (
         out.padding.attention_needed,
         out.padding.attention_computed,
     )
-    assert padding.attention_waste == pytest.approx(1 - 903 / (42 * 256))
+    assert padding.attention_waste == pytest.approx(1 - 903 / computed)
     assert padding.shape_waste == 0
+
+
+def test_kernels_that_take_any_number_of_rows_get_no_others(model):
+    if model.kernels == "ggml":
+        pytest.skip("ggml's kernels take rows in groups")
+    prompts, params = prompts_and_params(40)
+    with bc.Engine(
+        model, max_num_seqs=7, n_ctx=4096, n_ubatch=256, kv_layout="unified", autostart=False
+    ) as engine:
+        engine.generate(prompts, params)
+        stats = engine.stats()
+    assert stats.padding.num_filler_rows == stats.padding.num_extra_outputs == 0
+    assert stats.padding.num_rows == stats.num_prefill_tokens + stats.num_decode_rows
+    # Decoding and prompts share a call, of more than 64 rows too.
+    assert stats.step_tokens.quantile(1.0) > 64
+    assert stats.num_micro_batches == stats.num_steps
+
+
+def test_attention_of_other_sequences_is_counted_where_it_is_computed(model):
+    params = bc.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    prompts = [[3 + 90 * i + j for j in range(60 + i)] for i in range(6)]
+    computed = []
+    for max_num_seqs in (1, 6):
+        with bc.Engine(
+            model,
+            max_num_seqs=max_num_seqs,
+            n_ctx=1024,
+            n_ubatch=64,
+            kv_layout="unified",
+            prefix_caching=False,
+        ) as engine:
+            outputs = engine.generate(prompts, params)
+        computed.append([out.padding.attention_computed for out in outputs])
+    alone, together = computed
+    if model.kernels == "ggml":
+        assert sum(together) > sum(alone)
+    else:
+        assert together == alone
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "mamba2", "lfm2", "falcon-h1"])

@@ -11,6 +11,7 @@ import time
 
 import batchcore as bc
 import pytest
+from batchcore import engine_options
 from batchcore.errors import (
     ConfigError,
     EngineClosedError,
@@ -349,6 +350,47 @@ def test_generate_steps_where_nobody_else_does(model):
 def test_bad_options_are_named(model, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         bc.Engine(model, **options)
+
+
+def auto_layout(**options):
+    defaults = {
+        "on_cpu": True,
+        "skips_others": False,
+        "memory_kind": "attention",
+        "prefix_caching": True,
+        "cells_per_sequence": 512,
+        "max_sequence_tokens": None,
+    }
+    return engine_options.layout_for(**{**defaults, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        ({}, "unified"),
+        ({"prefix_caching": False}, "streams"),
+        ({"max_sequence_tokens": 512}, "streams"),
+        ({"max_sequence_tokens": 513}, "unified"),
+        ({"max_sequence_tokens": 512, "on_cpu": False}, "unified"),
+        ({"max_sequence_tokens": 512, "memory_kind": "hybrid"}, "unified"),
+        ({"skips_others": True, "prefix_caching": False}, "unified"),
+        ({"skips_others": True, "max_sequence_tokens": 512}, "unified"),
+    ],
+)
+def test_the_layout_follows_from_what_attention_computes(options, layout):
+    assert auto_layout(**options) == layout
+
+
+@pytest.mark.parametrize("flash_attn", ["auto", "off"])
+@pytest.mark.parametrize("kernels", ["auto", "ggml"])
+def test_the_layout_is_unified_where_attention_skips_other_sequences(tmp_path, kernels, flash_attn):
+    path = synthetic_gguf(tmp_path / "model.gguf", "llama", n_layer=2, n_embd=64)
+    model = bc.Model(path, kernels=kernels, n_gpu_layers=0)
+    with bc.Engine(
+        model, max_num_seqs=2, n_ctx=512, max_sequence_tokens=256, flash_attn=flash_attn
+    ) as engine:
+        skips_others = model.kernels != "ggml" and flash_attn == "auto"
+        assert engine.kv_layout == ("unified" if skips_others else "streams")
 
 
 def test_a_missing_model_is_a_load_error(tmp_path):

@@ -421,18 +421,6 @@ class Attention {
     return true;
   }
 
-  // 1 − 2 / (e^2|x| + 1), as (1 − e) / (1 + e) with e = e^−2|x|, which neither overflows nor needs
-  // another exponential.
-  static Wide tanh_of(Wide x) {
-    const Wide zero = Wide::zero();
-    const Wide magnitude = Wide::max(zero - x, x);
-    const Wide e = exp_of_negative(zero - (magnitude + magnitude));
-    const Wide one = Wide::broadcast(1.0F);
-    const Wide t = (one - e) / (one + e);
-    // The sign of x: x / |x| is ±1 exactly, and t is 0 where x is 0.
-    return t * (x / Wide::max(magnitude, Wide::broadcast(1e-37F)));
-  }
-
   void write() {
     for (std::int32_t q = 0; q < num_queries_; ++q) {
       if (task_.partials != nullptr) {

@@ -52,26 +52,16 @@ struct Simd {
   static Int byte(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
   static Int bit_and(Int a, Int b) { return _mm256_and_si256(a, b); }
   static Int bit_or(Int a, Int b) { return _mm256_or_si256(a, b); }
+  /// Of 16-bit numbers, to the left; to the right where kBits is negative.
   template <int kBits>
-  static Int shift_right(Int x) {
-    if constexpr (kBits == 0) return x;
-    return _mm256_srli_epi16(x, kBits);
+  static Int shift(Int x) {
+    if constexpr (kBits > 0) return _mm256_slli_epi16(x, kBits);
+    if constexpr (kBits < 0) return _mm256_srli_epi16(x, -kBits);
+    return x;
   }
-  template <int kBits>
-  static Int shift_left(Int x) {
-    if constexpr (kBits == 0) return x;
-    return _mm256_slli_epi16(x, kBits);
-  }
-  /// `x`, plus `value` in the bytes whose bit is set.
-  static Int add_where(Int x, const std::uint8_t* bits, Int value) {
-    std::int32_t word;
-    __builtin_memcpy(&word, bits, sizeof word);
-    const Int spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
-                                        2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    const Int bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ULL));
-    const Int copies = _mm256_shuffle_epi8(_mm256_set1_epi32(word), spread);
-    const Int is_set = _mm256_cmpeq_epi8(_mm256_and_si256(copies, bit), bit);
-    return _mm256_add_epi8(x, _mm256_and_si256(is_set, value));
+  /// a | (b & mask)
+  static Int or_masked(Int a, Int b, Int mask) {
+    return _mm256_or_si256(a, _mm256_and_si256(b, mask));
   }
   static Int shift_right_32(Int x, int bits) { return _mm256_srli_epi32(x, bits); }
   static Int int32(int x) { return _mm256_set1_epi32(x); }

@@ -46,21 +46,16 @@ struct Simd {
   static Int byte(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
   static Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
   static Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }
+  /// Of 16-bit numbers, to the left; to the right where kBits is negative.
   template <int kBits>
-  static Int shift_right(Int x) {
-    if constexpr (kBits == 0) return x;
-    return _mm512_srli_epi16(x, kBits);
+  static Int shift(Int x) {
+    if constexpr (kBits > 0) return _mm512_slli_epi16(x, kBits);
+    if constexpr (kBits < 0) return _mm512_srli_epi16(x, -kBits);
+    return x;
   }
-  template <int kBits>
-  static Int shift_left(Int x) {
-    if constexpr (kBits == 0) return x;
-    return _mm512_slli_epi16(x, kBits);
-  }
-  /// `x`, plus `value` in the bytes whose bit is set.
-  static Int add_where(Int x, const std::uint8_t* bits, Int value) {
-    std::uint64_t word;
-    __builtin_memcpy(&word, bits, sizeof word);
-    return _mm512_mask_add_epi8(x, static_cast<__mmask64>(word), x, value);
+  /// a | (b & mask)
+  static Int or_masked(Int a, Int b, Int mask) {
+    return _mm512_ternarylogic_epi32(a, b, mask, 0xf8);
   }
   static Int shift_right_32(Int x, int bits) {
     return _mm512_srli_epi32(x, static_cast<unsigned>(bits));

@@ -22,10 +22,10 @@ struct Quants {
       return Simd::load_bytes(plane + 64 * kStep);
     } else if constexpr (kLayout.low_bits == 4) {
       const Simd::Int packed = Simd::load_bytes(plane + 64 * (kStep % 4));
-      return Simd::bit_and(Simd::shift_right<kStep / 4 * 4>(packed), Simd::byte(0x0f));
+      return Simd::bit_and(Simd::shift<-(kStep / 4 * 4)>(packed), Simd::byte(0x0f));
     } else {
       const Simd::Int packed = Simd::load_bytes(plane + 64 * (kStep / 4));
-      return Simd::bit_and(Simd::shift_right<2 * (kStep % 4)>(packed), Simd::byte(0x03));
+      return Simd::bit_and(Simd::shift<-2 * (kStep % 4)>(packed), Simd::byte(0x03));
     }
   }
 
@@ -33,14 +33,14 @@ struct Quants {
   static Simd::Int step(const std::uint8_t* block, int lane) {
     Simd::Int q = low<kStep>(block + 4 * lane);
     const std::uint8_t* high = block + kLayout.low_bytes();
-    if constexpr (kLayout.high_bits == 1) {
-      q = Simd::add_where(q, high + 8 * kStep + lane / 2, Simd::byte(1 << kLayout.low_bits));
-    } else if constexpr (kLayout.high_bits == 2) {
-      const Simd::Int packed = Simd::load_bytes(high + 64 * (kStep / 4) + 4 * lane);
-      constexpr int kAt = 2 * (kStep % 4);  // these two bits go to bits 4 and 5
-      const Simd::Int moved = kAt <= 4 ? Simd::shift_left<(kAt <= 4 ? 4 - kAt : 0)>(packed)
-                                       : Simd::shift_right<(kAt > 4 ? kAt - 4 : 0)>(packed);
-      q = Simd::bit_or(q, Simd::bit_and(moved, Simd::byte(0x30)));
+    if constexpr (kLayout.high_bits > 0) {
+      // These bits of each byte go above those of the low plane.
+      constexpr int kSteps = 8 / kLayout.high_bits;
+      constexpr int kFrom = kLayout.high_bits * (kStep % kSteps);
+      constexpr int kTo = kLayout.low_bits;
+      constexpr int kMask = ((1 << kLayout.high_bits) - 1) << kTo;
+      const Simd::Int packed = Simd::load_bytes(high + 64 * (kStep / kSteps) + 4 * lane);
+      q = Simd::or_masked(q, Simd::shift<kTo - kFrom>(packed), Simd::byte(kMask));
     }
     if constexpr (kHasTable) {
       q = Simd::look_up(Simd::table(kIq4Values), q);

@@ -11,6 +11,7 @@
 #endif
 #include "kernels/simd/attend.h"
 #include "kernels/simd/formats.h"
+#include "kernels/simd/gate.h"
 #include "kernels/simd/product.h"
 #include "kernels/simd/quantize.h"
 
@@ -45,6 +46,7 @@ const KernelSet BATCHCORE_KERNELS = {
     &scan_mask,
     &attend,
     &merge,
+    &gate,
 };
 
 }  // namespace batchcore::kernels

@@ -19,6 +19,24 @@ constexpr int kGroupsPerTile = Simd::kTileVectors / kVectorsPerGroup;
 constexpr std::int64_t kTileBytes = 20 * 1024;
 // With fewer rows the weights pass by once: nothing is gained by keeping them.
 constexpr std::int64_t kRowsWorthPieces = 8;
+// Activations that stay in the second-level cache while the weights of a task pass by.
+constexpr std::int64_t kActivationBytes = 320 * 1024;
+
+// What tiles fetch into the cache for the next groups: each of the tiles that share the weights
+// takes its part of the lines.
+struct Ahead {
+  std::int64_t bytes;  // from the weights in work to those to fetch
+  std::int64_t part;
+  std::int64_t parts;  // 0 = fetch nothing
+};
+
+BATCHCORE_INLINE void fetch_ahead(const std::uint8_t* from, std::int64_t count,
+                                  const Ahead& ahead) {
+  if (ahead.parts == 0) return;
+  for (std::int64_t at = 64 * ahead.part; at < count; at += 64 * ahead.parts) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + ahead.bytes + at), _MM_HINT_T1);
+  }
+}
 
 BATCHCORE_INLINE const ActivationBlock* blocks_of(const void* row, std::int64_t first_column) {
   return static_cast<const ActivationBlock*>(row) + first_column / kBlockColumns;
@@ -78,7 +96,8 @@ struct Tile {
 
   /// Adds `num_units` units of columns to the sums.
   BATCHCORE_INLINE void add(const std::uint8_t* const (&weights)[kVectors],
-                            const ActivationBlock* const (&rows)[kRows], std::int64_t num_units) {
+                            const ActivationBlock* const (&rows)[kRows], std::int64_t num_units,
+                            const Ahead& ahead) {
     const std::uint8_t* block[kVectors];
     for (int v = 0; v < kVectors; ++v) block[v] = weights[v];
     for (std::int64_t unit = 0; unit < num_units; ++unit) {
@@ -88,6 +107,9 @@ struct Tile {
       }
       for (int b = 0; b < kBlocks; ++b) {
         const std::int64_t at = unit * kBlocks + b;
+        for (int v = 0; v < kVectors; v += kVectorsPerGroup) {
+          fetch_ahead(block[v], kLayout.block_bytes(), ahead);
+        }
         part<0>(block, rows, at);
         if constexpr (S::kParts == 2) part<1>(block, rows, at);
         for (int v = 0; v < kVectors; ++v) block[v] += kLayout.block_bytes();
@@ -110,7 +132,8 @@ struct FloatTile {
   }
 
   BATCHCORE_INLINE void add(const std::uint8_t* const (&weights)[kVectors],
-                            const float* const (&rows)[kRows], std::int64_t num_columns) {
+                            const float* const (&rows)[kRows], std::int64_t num_columns,
+                            const Ahead& /*ahead*/) {
     for (std::int64_t k = 0; k < num_columns; ++k) {
       Simd::Float w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -148,7 +171,7 @@ BATCHCORE_INLINE void store_outputs(Simd::Float sum, float* output, std::int64_t
 template <WeightFormat kFormat, int kVectors, int kRows>
 __attribute__((noinline)) void run_tile(const ProductTask& task, std::int64_t group,
                                         std::int64_t first_row, std::int64_t first_unit,
-                                        std::int64_t num_units) {
+                                        std::int64_t num_units, const Ahead& ahead) {
   constexpr PackedLayout kLayout = layout_of(kFormat);
   const std::size_t group_bytes = kLayout.group_bytes(task.columns);
   const std::uint8_t* weights[kVectors];
@@ -172,7 +195,7 @@ __attribute__((noinline)) void run_tile(const ProductTask& task, std::int64_t gr
         }
       }
     }
-    tile.add(weights, rows, num_units);
+    tile.add(weights, rows, num_units, ahead);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         store_outputs(tile.sums[v][r], task.outputs[first_row + r] + output[v],
@@ -198,25 +221,28 @@ __attribute__((noinline)) void run_tile(const ProductTask& task, std::int64_t gr
 }
 
 template <WeightFormat kFormat, int kVectors>
-void run_rows(const ProductTask& task, std::int64_t group, std::int64_t first_unit,
-              std::int64_t num_units) {
+void run_rows(const ProductTask& task, std::int64_t group, std::int64_t first_row,
+              std::int64_t end_row, std::int64_t first_unit, std::int64_t num_units,
+              std::int64_t bytes_ahead) {
   // Tiles as equal as can be: five rows are 3 + 2 rather than 4 + 1.
-  const std::int64_t num_tiles = (task.num_rows + Simd::kTileRows - 1) / Simd::kTileRows;
-  std::int64_t row = 0;
+  const std::int64_t num_rows = end_row - first_row;
+  const std::int64_t num_tiles = (num_rows + Simd::kTileRows - 1) / Simd::kTileRows;
+  std::int64_t row = first_row;
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
-    const std::int64_t end = task.num_rows * (tile + 1) / num_tiles;
+    const std::int64_t end = first_row + num_rows * (tile + 1) / num_tiles;
+    const Ahead ahead{bytes_ahead, tile, bytes_ahead > 0 ? num_tiles : 0};
     switch (end - row) {
       case 1:
-        run_tile<kFormat, kVectors, 1>(task, group, row, first_unit, num_units);
+        run_tile<kFormat, kVectors, 1>(task, group, row, first_unit, num_units, ahead);
         break;
       case 2:
-        run_tile<kFormat, kVectors, 2>(task, group, row, first_unit, num_units);
+        run_tile<kFormat, kVectors, 2>(task, group, row, first_unit, num_units, ahead);
         break;
       case 3:
-        run_tile<kFormat, kVectors, 3>(task, group, row, first_unit, num_units);
+        run_tile<kFormat, kVectors, 3>(task, group, row, first_unit, num_units, ahead);
         break;
       default:
-        run_tile<kFormat, kVectors, 4>(task, group, row, first_unit, num_units);
+        run_tile<kFormat, kVectors, 4>(task, group, row, first_unit, num_units, ahead);
         break;
     }
     row = end;
@@ -224,26 +250,44 @@ void run_rows(const ProductTask& task, std::int64_t group, std::int64_t first_un
 }
 
 template <WeightFormat kFormat>
-void multiply(const ProductTask& task) {
+void multiply_rows(const ProductTask& task, std::int64_t first_row, std::int64_t end_row) {
   constexpr PackedLayout kLayout = layout_of(kFormat);
   const std::int64_t num_units = task.columns / kLayout.columns_per_unit();
   std::int64_t per_piece = num_units;
-  if (task.num_rows > kRowsWorthPieces) {
+  if (end_row - first_row > kRowsWorthPieces) {
     const std::int64_t fit = kTileBytes / (kGroupsPerTile * kLayout.unit_bytes());
     const std::int64_t num_pieces = fit > 0 ? (num_units + fit - 1) / fit : num_units;
     per_piece = (num_units + num_pieces - 1) / num_pieces;
   }
-  std::int64_t group = task.begin_group;
-  for (; group < task.end_group; group += kGroupsPerTile) {
+  const std::int64_t unit_bytes = kLayout.unit_bytes();
+  for (std::int64_t group = task.begin_group; group < task.end_group; group += kGroupsPerTile) {
     const bool is_whole = group + kGroupsPerTile <= task.end_group;
+    const bool has_next = group + 2 * kGroupsPerTile <= task.end_group;
     for (std::int64_t unit = 0; unit < num_units; unit += per_piece) {
-      const std::int64_t count = num_units - unit < per_piece ? num_units - unit : per_piece;
+      const bool is_last = num_units - unit <= per_piece;
+      const std::int64_t count = is_last ? num_units - unit : per_piece;
+      // The next weights are further on in these groups, or at the beginning of the next ones.
+      std::int64_t ahead = per_piece * unit_bytes;
+      if (is_last) ahead = has_next ? (kGroupsPerTile * num_units - unit) * unit_bytes : 0;
       if (is_whole) {
-        run_rows<kFormat, Simd::kTileVectors>(task, group, unit, count);
+        run_rows<kFormat, Simd::kTileVectors>(task, group, first_row, end_row, unit, count, ahead);
       } else {
-        run_rows<kFormat, kVectorsPerGroup>(task, group, unit, count);
+        run_rows<kFormat, kVectorsPerGroup>(task, group, first_row, end_row, unit, count, ahead);
       }
     }
+  }
+}
+
+template <WeightFormat kFormat>
+void multiply(const ProductTask& task) {
+  constexpr std::int64_t kBytesPerColumn =
+      layout_of(kFormat).is_float() ? 4 : sizeof(ActivationBlock) / kBlockColumns;
+  const std::int64_t fit = kActivationBytes / (kBytesPerColumn * task.columns);
+  const std::int64_t per_part = fit > 4 * Simd::kTileRows ? fit : 4 * Simd::kTileRows;
+  const std::int64_t num_parts = (task.num_rows + per_part - 1) / per_part;
+  for (std::int64_t part = 0; part < num_parts; ++part) {
+    multiply_rows<kFormat>(task, task.num_rows * part / num_parts,
+                           task.num_rows * (part + 1) / num_parts);
   }
 }
 

@@ -140,6 +140,17 @@ inline Wide exp_of_negative(Wide x) {
   return Wide::zero_below(p * Wide::power_of_two(n), x, -87.0F);
 }
 
+// (1 − e) / (1 + e) · x / |x| with e = e^−2|x|, which neither overflows nor needs another
+// exponential.
+inline Wide tanh_of(Wide x) {
+  const Wide zero = Wide::zero();
+  const Wide magnitude = Wide::max(zero - x, x);
+  const Wide e = exp_of_negative(zero - (magnitude + magnitude));
+  const Wide one = Wide::broadcast(1.0F);
+  const Wide t = (one - e) / (one + e);
+  return t * (x / Wide::max(magnitude, Wide::broadcast(1e-37F)));  // t is 0 where x is 0
+}
+
 inline float exp_of_negative(float x) {
   float lanes[16];
   exp_of_negative(Wide::broadcast(x)).store(lanes);

@@ -59,7 +59,7 @@ def padding_waste(figures: Figures) -> tuple[str, str]:
         )
         return (
             "The engine itself packs prompts without padding; continuous batching went over "
-            f"{percent(attention)} of the key positions in vain (a CPU skips most of them "
+            f"{percent(attention)} of the key positions in vain (ggml skips most of them "
             f"quickly), and {percent(shape)} of its rows were fillers."
         )
 

@@ -1,7 +1,8 @@
-// Which number of rows a decode call had better have. Many kernels take rows in fours and do the
-// remainder one by one, so that 16 rows can cost less than 15; whether they do depends on the CPU
-// or GPU, the types of the weights and how llama.cpp was built. So it is learnt: now and then a
-// call gets dummy rows, and what was faster is kept.
+// How long decode calls take, by their number of rows: measured, since no line fits it everywhere.
+// It is the price of drafts. Where kernels take rows in groups and do the remainder one by one, 16
+// rows can cost less than 15; then it also says whether a call had better get dummy rows. Whether
+// these pay depends on the CPU or GPU, the types of the weights and how llama.cpp was built. So it
+// is learnt: now and then a call gets dummy rows, and what was faster is kept.
 #pragma once
 
 #include <array>
@@ -12,25 +13,21 @@
 
 namespace batchcore {
 
-class RowShapes {
+class CallTimes {
  public:
-  static constexpr std::int32_t kGroup = 4;
-
   /// A decode call of `rows` rows, all of them with logits and none of a prompt, took `seconds`
   /// apart from attention.
   void observe(std::int32_t rows, double seconds);
 
-  /// `rows`, or the next multiple of kGroup where calls of that size were faster.
-  [[nodiscard]] std::int32_t preferred(std::int32_t rows) const;
+  /// `rows`, or the next multiple of BackendInfo::row_group where calls of that size were faster.
+  [[nodiscard]] std::int32_t preferred(std::int32_t rows, std::int32_t row_group) const;
 
   /// What a call of `rows` rows takes, where enough of them were seen.
   [[nodiscard]] std::optional<double> seconds(std::int32_t rows) const;
   /// Calls since the last of `rows` rows.
   [[nodiscard]] std::int64_t age(std::int32_t rows) const;
-
-  [[nodiscard]] static std::int32_t next_group(std::int32_t rows) {
-    return (rows + kGroup - 1) / kGroup * kGroup;
-  }
+  /// The most rows whose time is known; 0 where none is.
+  [[nodiscard]] std::int32_t largest() const;
 
  private:
   static constexpr std::size_t kSamples = 5;
