@@ -19,7 +19,7 @@ using testing::all_kernels;
 using testing::At;
 using testing::bits_of;
 using testing::CacheScene;
-using testing::Division;
+using testing::name_of;
 using testing::Row;
 using testing::Shape;
 
@@ -46,7 +46,7 @@ void check_exact(const Shape& shape, const std::vector<At>& cells, const std::ve
                  double limit = 4e-6) {
   const CacheScene scene(shape, cells, rows);
   for (const KernelSet* set : all_kernels()) {
-    CAPTURE(set->name);
+    CAPTURE(name_of(*set));
     for (const bool splits_spans : {false, true}) {
       CAPTURE(splits_spans);
       const std::vector<Row> outputs = scene.attend(*set, {.splits_spans = splits_spans});
@@ -179,7 +179,7 @@ TEST_CASE("a row has the same bits in any tile, with any heads, spans split or n
     const CacheScene scene(shape, cells, rows);
     std::vector<Row> first;
     for (const KernelSet* set : all_kernels()) {
-      CAPTURE(set->name);
+      CAPTURE(name_of(*set));
       if (first.empty()) first = scene.attend(*set);
       for (const std::int32_t max_rows : {16, 1, 5}) {
         for (const std::int32_t heads : {5, 2}) {
@@ -222,7 +222,7 @@ TEST_CASE("a row has the same bits wherever its cells are and whatever is betwee
     CAPTURE(shape.key_size);
     CAPTURE(static_cast<int>(shape.type));
     for (const KernelSet* set : all_kernels()) {
-      CAPTURE(set->name);
+      CAPTURE(name_of(*set));
       const std::vector<Row> first = CacheScene(shape, own, rows).attend(*set);
       const auto check = [&](const std::vector<At>& cells, std::vector<At> with_others,
                              std::size_t from) {
@@ -266,7 +266,7 @@ TEST_CASE("every set reads a mask of any length alike") {
       if (mask[i] != 0xfc00) expected[i / 64] |= std::uint64_t{1} << (i % 64);
     }
     for (const KernelSet* set : all_kernels()) {
-      CAPTURE(set->name);
+      CAPTURE(name_of(*set));
       std::vector<std::uint64_t> bits(expected.size(), 0x5a5a5a5a5a5a5a5aULL);
       set->scan_mask({mask.data(), num_cells, bits.data()});
       CHECK(bits == expected);

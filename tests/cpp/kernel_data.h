@@ -26,7 +26,8 @@ inline std::vector<WeightFormat> all_formats() {
   return formats;
 }
 
-inline const char* name_of(WeightFormat format) { return kFormatNames[static_cast<int>(format)]; }
+inline std::string name_of(WeightFormat format) { return kFormatNames[static_cast<int>(format)]; }
+inline std::string name_of(const KernelSet& set) { return set.name; }
 
 inline bool is_float(WeightFormat format) { return layout_of(format).is_float(); }
 

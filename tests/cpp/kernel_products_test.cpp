@@ -69,7 +69,7 @@ double allowed(WeightFormat format, const Expected& expected, std::size_t column
 void check_all(const KernelSet& set, const Matrix& matrix, const std::vector<Row>& rows,
                bool is_exact = false) {
   CAPTURE(name_of(matrix.format));
-  CAPTURE(set.name);
+  CAPTURE(name_of(set));
   const std::vector<Row> outputs = multiply_all(set, matrix, rows);
   for (std::int64_t o = 0; o < matrix.num_outputs; ++o) {
     const Row weights = matrix.row(o);
@@ -153,7 +153,7 @@ TEST_CASE("random products are off by far less than the worst case") {
     const Matrix matrix(format, 64, kColumns,
                         maker.rows(format, WeightKind::kRandom, 64, kColumns));
     for (const KernelSet* set : all_kernels()) {
-      CAPTURE(set->name);
+      CAPTURE(name_of(*set));
       const std::vector<Row> outputs = multiply_all(*set, matrix, rows);
       double errors = 0;
       double squares = 0;  // of what is summed: Σ (w·x)²
@@ -189,7 +189,7 @@ TEST_CASE("a result has the same bits in any company, in any division, on any in
                         maker.rows(format, WeightKind::kRandom, kOutputs, kColumns));
     std::vector<Row> all;
     for (const KernelSet* set : all_kernels()) {
-      CAPTURE(set->name);
+      CAPTURE(name_of(*set));
       const Activations activations(*set, format, rows);
       if (all.empty()) all = multiply_all(*set, matrix, rows);
       const auto check = [&](const std::vector<Row>& outputs, std::size_t first,
@@ -241,7 +241,7 @@ TEST_CASE("activation blocks are the same on every instruction set") {
     CAPTURE(name_of(format));
     const Activations first(*all_kernels().front(), format, rows);
     for (const KernelSet* set : all_kernels()) {
-      CAPTURE(set->name);
+      CAPTURE(name_of(*set));
       const Activations blocks(*set, format, rows);
       for (std::size_t r = 0; r < rows.size(); ++r) {
         for (std::size_t b = 0; b < blocks.blocks()[r].size(); ++b) {
@@ -303,7 +303,7 @@ TEST_CASE("a row with a NaN or an infinity has no finite result, and the others 
     const Matrix matrix(format, 40, kColumns,
                         maker.rows(format, WeightKind::kRandom, 40, kColumns));
     for (const KernelSet* set : all_kernels()) {
-      CAPTURE(set->name);
+      CAPTURE(name_of(*set));
       const std::vector<Row> expected = multiply_all(*set, matrix, sane);
       const std::vector<Row> outputs = multiply_all(*set, matrix, rows);
       for (const std::size_t r : {0, 1, 2, 3, 4, 5, 6, 7, 8}) {
