@@ -33,9 +33,7 @@ LAYOUTS = ["unified", "streams"]
 
 
 def make_context(model: Model, **options: Any) -> Context:
-    """With one thread: several share out the cells of a single row, and its sums then depend on
-    where the cells lie. One also doesn't fight with others for a busy machine.
-    """
+    """With one thread, which does not compete for a busy machine."""
     return Context(model, **{"n_threads": 1, **options})
 
 
@@ -74,9 +72,17 @@ def greedy(context: Context, tokens: list[int], count: int, seq_id: int = 0) -> 
     return result
 
 
-def test_generates_what_llama_cpp_does(context: Context, smollm2: Model) -> None:
+def test_generates_text(context: Context, smollm2: Model) -> None:
     tokens = smollm2.tokenize("The capital of France is")
-    assert smollm2.detokenize(greedy(context, tokens, 8)) == " Paris.\n\nThe United States has"
+    assert smollm2.detokenize(greedy(context, tokens, 5)) == " Paris.\n\nThe"
+
+
+def test_generates_what_llama_cpp_does(smollm2_path: Path) -> None:
+    """With ggml's kernels: where two tokens are nearly level, ours choose the other."""
+    model = Model(smollm2_path, kernels="ggml")
+    tokens = model.tokenize("The capital of France is")
+    with make_context(model, n_ctx=256) as context:
+        assert model.detokenize(greedy(context, tokens, 8)) == " Paris.\n\nThe United States has"
 
 
 def test_rows_of_several_sequences(context: Context, smollm2: Model) -> None:
@@ -97,7 +103,10 @@ def test_rows_of_several_sequences(context: Context, smollm2: Model) -> None:
     assert together.shape == (3, smollm2.n_vocab)
     for index, row in enumerate(rows):
         np.testing.assert_array_equal(together[index], context.logits(row))
-        np.testing.assert_allclose(together[index], alone[index], atol=0.35)
+        if smollm2.kernels == "ggml":
+            np.testing.assert_allclose(together[index], alone[index], atol=0.35)
+        else:
+            np.testing.assert_array_equal(together[index], alone[index])
         assert together.argmax()[index] == alone[index].argmax()
 
 
