@@ -16,7 +16,7 @@ namespace {
 constexpr int kVectorsPerGroup = kGroupRows / Simd::kLanes;
 constexpr int kGroupsPerTile = Simd::kTileVectors / kVectorsPerGroup;
 // Weights of a tile that stay in the first-level cache while activation rows pass by.
-constexpr std::int64_t kTileBytes = 20 * 1024;
+constexpr std::int64_t kTileBytes = 24 * 1024;
 // With fewer rows the weights pass by once: nothing is gained by keeping them.
 constexpr std::int64_t kRowsWorthPieces = 8;
 // Activations that stay in the second-level cache while the weights of a task pass by.
