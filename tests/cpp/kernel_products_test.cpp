@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "kernel_data.h"
@@ -225,6 +226,31 @@ TEST_CASE("a result has the same bits in any company, in any division, on any in
           check(outputs, 0, static_cast<std::size_t>(count));
         }
       }
+    }
+  }
+}
+
+TEST_CASE("threads may compute groups of one product side by side") {
+  constexpr std::int64_t kColumns = 512;
+  WeightMaker maker(14);
+  std::mt19937 random(15);
+  const std::vector<Row> rows = gaussian_rows(random, 12, kColumns);
+  for (const WeightFormat format : {WeightFormat::kQ4_K, WeightFormat::kQ8_0, WeightFormat::kF16}) {
+    CAPTURE(name_of(format));
+    const Matrix matrix(format, 90, kColumns,
+                        maker.rows(format, WeightKind::kRandom, 90, kColumns));
+    for (const KernelSet* set : all_kernels()) {
+      CAPTURE(name_of(*set));
+      const Activations activations(*set, format, rows);
+      std::vector<Row> outputs = blank_outputs(12, 90);
+      std::vector<std::thread> threads;
+      for (std::int64_t group = 0; group < matrix.num_groups(); group += 2) {
+        threads.emplace_back(
+            [&, group] { multiply(*set, matrix, activations, 0, 12, group, group + 2, outputs); });
+      }
+      for (std::thread& thread : threads) thread.join();
+      const std::vector<Row> expected = multiply_all(*set, matrix, rows);
+      for (std::size_t r = 0; r < 12; ++r) CHECK(bits_of(outputs[r]) == bits_of(expected[r]));
     }
   }
 }
