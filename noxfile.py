@@ -50,6 +50,12 @@ def sanitize(session: nox.Session, sanitizer: str) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """Build ggml, and run the tests of the kernels inside it."""
+    _run_cpp_tests(session, "kernels")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Run every linter and type checker; stubtest needs the package installed."""
     session.install(".[dev,hf,plot]")

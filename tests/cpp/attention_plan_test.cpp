@@ -22,7 +22,7 @@ void scan_one_by_one(const MaskScan& scan) {
 
 // Kernels on any CPU, as far as a plan needs them.
 const KernelSet& plain_kernels() {
-  static const KernelSet set{"plain", {}, &scan_one_by_one, nullptr, nullptr};
+  static const KernelSet set{"plain", {}, &scan_one_by_one, nullptr, nullptr, nullptr};
   return set;
 }
 

@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -175,7 +176,7 @@ TEST_CASE("operations whose results depend on the call are named, ours are not")
   if (our_weights() == nullptr) return;
   const Inputs inputs;
   for (const bool is_ours : {true, false}) {
-    std::vector<std::string> operations;
+    std::uint32_t operations = 0;
     Graph graph;
     ggml_tensor* weights = graph.weights(is_ours ? our_weights() : nullptr, GGML_TYPE_Q5_0,
                                          {kColumns, kOutputs}, inputs.weights);
@@ -187,8 +188,62 @@ TEST_CASE("operations whose results depend on the call are named, ours are not")
       graph.compute({product});
     }
     graph.compute({product});
-    CHECK(operations ==
-          (is_ours ? std::vector<std::string>{} : std::vector<std::string>{"MUL_MAT"}));
+    CHECK(operations == (is_ours ? 0U : std::uint32_t{kMatrixProduct}));
+  }
+}
+
+// Of two rows, with the halves swapped or not, on 3 threads.
+Row gated(ggml_backend_buffer_type_t buffer_type, const Inputs& inputs, bool is_split,
+          ggml_glu_op function, bool is_swapped) {
+  Graph graph;
+  ggml_context* context = graph.context();
+  ggml_tensor* weights =
+      graph.weights(buffer_type, GGML_TYPE_Q5_0, {kColumns, kOutputs}, inputs.weights);
+  ggml_tensor* x = ggml_mul_mat(context, weights, graph.floats({kColumns, 3}, inputs.joined));
+  if (!is_split) return graph.compute({x, ggml_glu(context, x, function, is_swapped)}, 3);
+  ggml_tensor* gates = ggml_scale(context, x, 0.5F);
+  return graph.compute({x, ggml_glu_split(context, x, gates, function)}, 3);
+}
+
+double activation(ggml_glu_op function, double x) {
+  if (function == GGML_GLU_OP_SWIGLU) return x / (1 + std::exp(-x));
+  return x / 2 * (1 + std::tanh(std::sqrt(2 / 3.14159265358979) * (x + 0.044715 * x * x * x)));
+}
+
+TEST_CASE("gated units behind a product of ours are ours, in every form") {
+  if (our_weights() == nullptr) return;
+  Inputs inputs;
+  for (float& x : inputs.joined) x *= 2.0F;
+  for (const ggml_glu_op function : {GGML_GLU_OP_SWIGLU, GGML_GLU_OP_GEGLU}) {
+    for (const int form : {0, 1, 2}) {
+      CAPTURE(form);
+      CAPTURE(static_cast<int>(function));
+      const bool is_split = form == 2;
+      const bool is_swapped = form == 1;
+      const Row values = gated(our_weights(), inputs, is_split, function, is_swapped);
+      constexpr std::size_t kWidth = kOutputs;
+      const std::size_t width = is_split ? kWidth : kWidth / 2;
+      REQUIRE(values.size() == 3 * (kWidth + width));
+      Row direct(width);
+      for (std::size_t row = 0; row < 3; ++row) {
+        const float* of_row = values.data() + row * kWidth;
+        Row gates(of_row, of_row + kWidth);
+        const float* x = of_row + (is_swapped ? width : 0);
+        if (is_split) {
+          for (float& gate : gates) gate *= 0.5F;
+        } else if (!is_swapped) {
+          gates.assign(of_row + width, of_row + 2 * width);
+        }
+        const Gate gate = function == GGML_GLU_OP_SWIGLU ? Gate::kSilu : Gate::kGelu;
+        best_kernels()->gate(gate, x, gates.data(), static_cast<std::int64_t>(width),
+                             direct.data());
+        const float* result = values.data() + 3 * kWidth + row * width;
+        CHECK(bits_of(Row(result, result + width)) == bits_of(direct));
+        for (std::size_t i = 0; i < width; ++i) {
+          CHECK(std::fabs(result[i] - activation(function, x[i]) * gates[i]) < 1e-5);
+        }
+      }
+    }
   }
 }
 

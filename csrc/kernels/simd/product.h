@@ -8,7 +8,13 @@
 #include "kernels/kernel_set.h"
 #include "kernels/simd/formats.h"
 
-#define BATCHCORE_INLINE inline __attribute__((always_inline))
+// Not inlined in builds with sanitizers: their checks would make one huge function of each tile.
+#if defined(BATCHCORE_KERNELS_OUTLINED)
+#define BATCHCORE_ALWAYS_INLINE
+#else
+#define BATCHCORE_ALWAYS_INLINE __attribute__((always_inline))
+#endif
+#define BATCHCORE_INLINE inline BATCHCORE_ALWAYS_INLINE
 
 namespace batchcore::kernels {
 namespace {
@@ -184,7 +190,7 @@ __attribute__((noinline)) void run_tile(const ProductTask& task, std::int64_t gr
   }
   const std::int64_t first_column = first_unit * kLayout.columns_per_unit();
 
-  const auto compute = [&](auto& tile, const auto& rows) __attribute__((always_inline)) {
+  const auto compute = [&](auto& tile, const auto& rows) BATCHCORE_ALWAYS_INLINE {
     for (int v = 0; v < kVectors; ++v) {
       for (int r = 0; r < kRows; ++r) {
         if (first_unit == 0) {
