@@ -97,5 +97,24 @@ TEST_CASE("a NaN stays a NaN, and is no other value's business") {
   }
 }
 
+TEST_CASE("infinities give the limits, NaN stays NaN") {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const Row x = {kInfinity, -kInfinity, 1e20F, -1e20F, std::nanf("")};
+  const Row gates(x.size(), 1.0F);
+  for (const Gate function : {Gate::kSilu, Gate::kGelu}) {
+    for (const KernelSet* set : all_kernels()) {
+      CAPTURE(name_of(*set));
+      Row outputs(x.size());
+      set->gate(function, x.data(), gates.data(), static_cast<std::int64_t>(x.size()),
+                outputs.data());
+      CHECK(outputs[0] == kInfinity);
+      CHECK(outputs[1] == 0.0F);
+      CHECK(outputs[2] == 1e20F);
+      CHECK(outputs[3] == 0.0F);
+      CHECK(std::isnan(outputs[4]));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace batchcore::kernels

@@ -49,8 +49,8 @@ void check_no_worse(const Errors& errors, WeightFormat format, double slack) {
   CAPTURE(std::sqrt(errors.ours));
   CAPTURE(std::sqrt(errors.stock));
   CAPTURE(std::sqrt(errors.rounding));
-  // One chain of single precision is less exact than ggml's 64 lanes, which end in a double.
-  const double roundings = format == WeightFormat::kF32 ? 3.0 : 0.1;
+  // Sums of 16 and 256 columns are a little less exact than ggml's 64 lanes, which end in a double.
+  const double roundings = format == WeightFormat::kF32 ? 0.5 : 0.1;
   const bool is_no_worse = std::sqrt(errors.ours) <=
                            slack * std::sqrt(errors.stock) + roundings * std::sqrt(errors.rounding);
   CHECK(is_no_worse);

@@ -17,13 +17,16 @@ inline Wide activate(Wide x) {
     const Wide zero = Wide::zero();
     const Wide e = exp_of_negative(zero - Wide::max(zero - x, x));
     const Wide above = one / (one + e);
-    return x *
-           (Wide::zero_below(above, x, 0.0F) + (e * above - Wide::zero_below(e * above, x, 0.0F)));
+    const Wide below = e * above;
+    const Wide sigmoid =
+        Wide::zero_below(above, x, 0.0F) + (below - Wide::zero_below(below, x, 0.0F));
+    return Wide::zero_below(x * sigmoid, x, -87.0F);  // for −∞, too
   } else {
     const Wide cube = x * x * x;
     const Wide inner =
         Wide::broadcast(0.79788456F) * Wide::fma(Wide::broadcast(0.044715F), cube, x);
-    return Wide::broadcast(0.5F) * x * (one + tanh_of(inner));
+    // Below −10 the result is 0 in single precision.
+    return Wide::zero_below(Wide::broadcast(0.5F) * x * (one + tanh_of(inner)), x, -10.0F);
   }
 }
 

@@ -124,11 +124,17 @@ struct Tile {
   }
 };
 
-// Floating-point weights: one multiply-add for each column, in single precision.
+// Floating-point weights: a multiply-add in single precision for each column. Sums of 16 columns
+// are added to sums of 256, and those to the total, so that rounding errors stay as small as with a
+// sum over many lanes.
+constexpr std::int64_t kShortSum = 16;
+constexpr std::int64_t kLongSum = 256;
+
 template <WeightFormat kFormat, int kVectors, int kRows>
 struct FloatTile {
+  using Sums = Simd::Float[kVectors][kRows];
   static constexpr PackedLayout kLayout = layout_of(kFormat);
-  Simd::Float sums[kVectors][kRows];
+  Sums sums;
 
   static BATCHCORE_INLINE Simd::Float load(const std::uint8_t* column, int lane) {
     const std::uint8_t* at = column + lane * kLayout.low_bits / 8;
@@ -137,10 +143,39 @@ struct FloatTile {
     return Simd::load(reinterpret_cast<const float*>(at));
   }
 
+  static BATCHCORE_INLINE void clear(Sums& to) {
+    for (int v = 0; v < kVectors; ++v) {
+      for (int r = 0; r < kRows; ++r) to[v][r] = Simd::zero();
+    }
+  }
+
+  static BATCHCORE_INLINE void add_sums(const Sums& from, Sums& to) {
+    for (int v = 0; v < kVectors; ++v) {
+      for (int r = 0; r < kRows; ++r) to[v][r] = Simd::add(to[v][r], from[v][r]);
+    }
+  }
+
   BATCHCORE_INLINE void add(const std::uint8_t* const (&weights)[kVectors],
                             const float* const (&rows)[kRows], std::int64_t num_columns,
                             const Ahead& /*ahead*/) {
-    for (std::int64_t k = 0; k < num_columns; ++k) {
+    for (std::int64_t begin = 0; begin < num_columns; begin += kLongSum) {
+      const std::int64_t end = num_columns < begin + kLongSum ? num_columns : begin + kLongSum;
+      Sums long_sums;
+      clear(long_sums);
+      for (std::int64_t k = begin; k < end; k += kShortSum) {
+        Sums short_sums;
+        clear(short_sums);
+        add_columns(weights, rows, k, end < k + kShortSum ? end : k + kShortSum, short_sums);
+        add_sums(short_sums, long_sums);
+      }
+      add_sums(long_sums, sums);
+    }
+  }
+
+  static BATCHCORE_INLINE void add_columns(const std::uint8_t* const (&weights)[kVectors],
+                                           const float* const (&rows)[kRows], std::int64_t begin,
+                                           std::int64_t end, Sums& to) {
+    for (std::int64_t k = begin; k < end; ++k) {
       Simd::Float w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         w[v] = load(weights[v] + k * kLayout.unit_bytes(),
@@ -148,7 +183,7 @@ struct FloatTile {
       }
       for (int r = 0; r < kRows; ++r) {
         const Simd::Float x = Simd::broadcast(rows[r][k]);
-        for (int v = 0; v < kVectors; ++v) sums[v][r] = Simd::fma(w[v], x, sums[v][r]);
+        for (int v = 0; v < kVectors; ++v) to[v][r] = Simd::fma(w[v], x, to[v][r]);
       }
     }
   }
@@ -264,6 +299,7 @@ void multiply_rows(const ProductTask& task, std::int64_t first_row, std::int64_t
     const std::int64_t fit = kTileBytes / (kGroupsPerTile * kLayout.unit_bytes());
     const std::int64_t num_pieces = fit > 0 ? (num_units + fit - 1) / fit : num_units;
     per_piece = (num_units + num_pieces - 1) / num_pieces;
+    if (kLayout.is_float()) per_piece = (per_piece + kLongSum - 1) / kLongSum * kLongSum;
   }
   const std::int64_t unit_bytes = kLayout.unit_bytes();
   for (std::int64_t group = task.begin_group; group < task.end_group; group += kGroupsPerTile) {

@@ -35,6 +35,12 @@ struct Wide {
   /// `b` where either is NaN.
   static Wide max(Wide a, Wide b) { return {_mm512_max_ps(a.x, b.x)}; }
   static Wide round(Wide a) { return {_mm512_roundscale_ps(a.x, 0x08)}; }
+  /// The magnitude of `a` with the sign of `b`.
+  static Wide with_sign(Wide a, Wide b) {
+    const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000U));
+    return {_mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(sign, _mm512_castps_si512(b.x), _mm512_castps_si512(a.x), 0xca))};
+  }
   /// 2^n for whole n from −126 to 127.
   static Wide power_of_two(Wide n) {
     return {_mm512_castsi512_ps(
@@ -96,6 +102,12 @@ struct Wide {
   /// `b` where either is NaN.
   static Wide max(Wide a, Wide b) { return {_mm256_max_ps(a.x, b.x), _mm256_max_ps(a.y, b.y)}; }
   static Wide round(Wide a) { return {_mm256_round_ps(a.x, 0x08), _mm256_round_ps(a.y, 0x08)}; }
+  /// The magnitude of `a` with the sign of `b`.
+  static Wide with_sign(Wide a, Wide b) {
+    const __m256 sign = _mm256_set1_ps(-0.0F);
+    return {_mm256_or_ps(_mm256_and_ps(sign, b.x), _mm256_andnot_ps(sign, a.x)),
+            _mm256_or_ps(_mm256_and_ps(sign, b.y), _mm256_andnot_ps(sign, a.y))};
+  }
   /// 2^n for whole n from −126 to 127.
   static Wide power_of_two(Wide n) {
     const __m256i bias = _mm256_set1_epi32(127);
@@ -140,15 +152,14 @@ inline Wide exp_of_negative(Wide x) {
   return Wide::zero_below(p * Wide::power_of_two(n), x, -87.0F);
 }
 
-// (1 − e) / (1 + e) · x / |x| with e = e^−2|x|, which neither overflows nor needs another
-// exponential.
+// (1 − e) / (1 + e) with the sign of x, where e = e^−2|x|, which neither overflows nor needs
+// another exponential.
 inline Wide tanh_of(Wide x) {
   const Wide zero = Wide::zero();
   const Wide magnitude = Wide::max(zero - x, x);
   const Wide e = exp_of_negative(zero - (magnitude + magnitude));
   const Wide one = Wide::broadcast(1.0F);
-  const Wide t = (one - e) / (one + e);
-  return t * (x / Wide::max(magnitude, Wide::broadcast(1e-37F)));  // t is 0 where x is 0
+  return Wide::with_sign((one - e) / (one + e), x);
 }
 
 inline float exp_of_negative(float x) {
