@@ -3,7 +3,8 @@
 The reference is the same file with every tensor dequantised to F32, run with ggml's kernels and an
 F32 KV cache, so that neither side is favoured. The text is that of the bundled prompts. Means are
 over its tokens, in nats; ± is the standard error. "difference" is ours minus ggml's, token by
-token.
+token; "rms" the root mean square error of log-probabilities; "top-1" the share of tokens with the
+same most likely one.
 
     python benchmarks/kernel_quality.py --json kernel_quality.json
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from batchcore import Model, prompts
 from batchcore.testing import synthetic_gguf
+from batchcore.testing.blocks import FORMATS
 from batchcore.testing.quality import compare_distributions, write_f32
 from common import parser as make_parser
 from common import report, write_json
@@ -24,7 +26,6 @@ from common import report, write_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FORMATS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_k_m", "f16", "bf16", "f32"]  # fmt: skip
 SHAPE: dict[str, Any] = {"n_layer": 4, "n_embd": 256, "n_ff": 768, "vocab": 2048}
 
 
@@ -56,7 +57,8 @@ def measure(name: str, path: Path, folder: Path, options: Any) -> dict[str, Any]
     columns["ours/ggml"] = figures["ours"]["mean"] / max(figures["ggml"]["mean"], 1e-300)
     for label, of in (("ours", ours), ("ggml", ggml)):
         columns[f"rms, {label}"] = float(np.sqrt(np.mean(of.squared_error)))
-        columns[f"same top, {label}"] = f"{np.mean(of.same_top):.2%}"
+    for label, of in (("ours", ours), ("ggml", ggml)):
+        columns[f"top-1, {label}"] = f"{np.mean(of.same_top):.2%}"
     return {"columns": columns, "kl": figures}
 
 
@@ -66,21 +68,22 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=2048, help="of the text")
     options.add_argument("--chunk", type=int, default=256, help="tokens computed together")
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--formats", nargs="*", default=FORMATS, help="of synthetic models")
+    options.add_argument(
+        "--formats", nargs="*", default=[*FORMATS, "q4_k_m"], help="of synthetic models"
+    )
     given = options.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in given.model or given.default_models:
-            loaded = Model(model)
-            rows.append(measure(loaded.description, Path(loaded.path), folder, given))
+            path = Path(Model(model).path)
+            rows.append(measure(path.stem, path, folder, given))
         for quant in given.formats:
             path = synthetic_gguf(folder / "synthetic.gguf", quant=quant, **SHAPE)
             rows.append(measure(f"synthetic {quant}", path, folder, given))
     kernels = Model.available_kernels()
     report(
-        f"{kernels} and ggml beside F32: KL divergence in nats per token, root mean square error "
-        "of log-probabilities, share of tokens with the same most likely one",
+        f"{kernels} (ours) and ggml beside F32: KL divergence in nats per token",
         [row["columns"] for row in rows],
     )
     write_json(given, [{**row["columns"], "kl": row["kl"]} for row in rows])
