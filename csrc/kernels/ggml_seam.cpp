@@ -919,8 +919,12 @@ class BufferType final : public ggml::cpu::extra_buffer_type {
         *variant_operations |= kExpertProduct;
         break;
       case GGML_OP_FLASH_ATTN_EXT:
-      case GGML_OP_SOFT_MAX:
         *variant_operations |= kAttention;
+        break;
+      case GGML_OP_SOFT_MAX:
+        // Without a mask, rows have a fixed length: the experts that a token may go to. Attention
+        // without a mask is found by its products.
+        if (op.src[1] != nullptr) *variant_operations |= kAttention;
         break;
       case GGML_OP_GATED_DELTA_NET:
       case GGML_OP_GATED_LINEAR_ATTN:
