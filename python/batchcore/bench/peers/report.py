@@ -20,6 +20,7 @@ _THROUGHPUT = (
     "output_tokens_per_s",
     "decode_tokens_per_s",
     "full_decode_tokens_per_s",
+    "prompt_tokens_per_s",
     "total_s",
 )
 _COST = ("num_failed", "peak_rss_bytes")
@@ -29,6 +30,7 @@ _WITH_RATIO = frozenset(
         "output_tokens_per_s",
         "decode_tokens_per_s",
         "full_decode_tokens_per_s",
+        "prompt_tokens_per_s",
         "total_s",
         "p95_ttft_ms",
         "p99_itl_ms",
