@@ -39,11 +39,11 @@ struct EngineStats {
   std::int32_t num_running = 0;
   std::int32_t num_waiting = 0;
   std::int32_t num_cells = 0;
-  std::int32_t num_active_cells = 0;  ///< held by running sequences
-  std::int32_t num_cached_cells = 0;  ///< held for their prefix only
-  std::int32_t num_pinned = 0;        ///< prefixes that are kept until unpin()
-  std::int64_t saved_bytes = 0;       ///< host memory of preempted sequences
-  std::int64_t host_cache_bytes = 0;  ///< host memory of evicted prefixes
+  std::int32_t num_active_cells = 0;     ///< held by running sequences
+  std::int32_t num_cached_cells = 0;     ///< held for their prefix only
+  std::int32_t num_pinned = 0;           ///< prefixes that are kept until unpin()
+  std::int64_t saved_bytes = 0;          ///< host memory of preempted sequences
+  std::int64_t host_cache_bytes = 0;     ///< host memory of evicted prefixes
   std::uint32_t variant_operations = 0;  ///< Backend::variant_operations()
   bool is_paused = false;
   bool is_draining = false;

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import batchcore as bc
 import pytest
@@ -18,10 +19,36 @@ import pytest
 NUM_PROMPTS = 64
 MAX_TOKENS = 16
 LENGTHS = (3, 9, 20, 41, 130)
-WORDS = (
-    "river stone light garden engine paper winter signal market window copper letter the a of in "
-    "when because under over small quick seven science history city water mountain"
-).split()
+WORDS = [
+    "river",
+    "stone",
+    "light",
+    "garden",
+    "engine",
+    "paper",
+    "winter",
+    "signal",
+    "market",
+    "window",
+    "copper",
+    "letter",
+    "the",
+    "a",
+    "of",
+    "in",
+    "when",
+    "because",
+    "under",
+    "over",
+    "small",
+    "quick",
+    "seven",
+    "science",
+    "history",
+    "city",
+    "water",
+    "mountain",
+]
 
 PARAMS = bc.SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, logprobs=3)
 
@@ -148,10 +175,12 @@ def test_a_prefix_from_host_memory(smollm2):
 
 
 SCRIPT = """
-import sys, batchcore as bc
+import os, sys, batchcore as bc
+if hasattr(os, "sched_setaffinity"):  # conftest.py leaves one core, where threads would only wait
+    os.sched_setaffinity(0, range(os.cpu_count()))
 sys.path.insert(0, sys.argv[1])
 import test_equal_bits as t
-got, _ = t.run(bc.Model(sys.argv[2]), t.make_prompts(12), max_num_seqs=12, n_ctx=8192,
+got, _ = t.run(bc.Model(sys.argv[2]), t.make_prompts(10), max_num_seqs=10, n_ctx=8192,
                n_threads=int(sys.argv[3]), kv_layout="unified")
 print(bc.Model.available_kernels(), repr(got))
 """
@@ -160,7 +189,7 @@ print(bc.Model.available_kernels(), repr(got))
 def run_in_process(path: str, kernels: str, n_threads: int) -> tuple[str, str]:
     """The instruction set in use, and the outputs as text."""
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), path, str(n_threads)],
+        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), path, str(n_threads)],
         env={**os.environ, "BATCHCORE_KERNELS": kernels},
         capture_output=True,
         text=True,
@@ -172,10 +201,10 @@ def run_in_process(path: str, kernels: str, n_threads: int) -> tuple[str, str]:
 
 
 def test_threads_and_instruction_sets_change_nothing(smollm2_path):
-    """One thread or three; AVX2 or the best that this CPU has."""
+    """One thread or two; AVX2 or the best that this CPU has."""
     best, expected = run_in_process(str(smollm2_path), "auto", 1)
     assert best != "ggml"
-    assert run_in_process(str(smollm2_path), "auto", 3) == (best, expected)
+    assert run_in_process(str(smollm2_path), "auto", 2) == (best, expected)
     assert run_in_process(str(smollm2_path), "avx2", 1) == ("avx2", expected)
 
 
