@@ -163,7 +163,7 @@ int main(int argc, char** argv) {
         const double seconds = product_seconds(**set, scene, num_threads);
         const double work = static_cast<double>(rows) * static_cast<double>(shape.columns) *
                             static_cast<double>(shape.num_outputs);
-        const auto bytes = static_cast<double>(scene.weights.size());
+        const auto bytes = static_cast<double>(scene.num_weight_bytes);
         // Weights that the caches keep are not read from memory: no bound by it then.
         constexpr double kCached = 24e6;
         const double bound = std::max(work / rate, bytes > kCached ? bytes / bytes_per_s : 0.0);
