@@ -256,15 +256,19 @@ def _notes(setup: _Setup, results: Sequence[RunResult]) -> Iterator[str]:
         f"Every prompt has its fixed number of output tokens ({_span(setup.num_tokens)}), the same "
         "in each run; greedy, end-of-text tokens ignored, no prefix cache, after a warm-up."
     )
+    if not results[1:]:
+        return
+    if all(_num_same(results, result) == len(result.requests) for result in results[1:]):
+        yield "All outputs equal: each mode gave the tokens of the sequential run."
+        return
     same = [
         f"{result.mode} {_num_same(results, result)} of {len(result.requests)}"
         for result in results[1:]
     ]
-    if same:
-        yield (
-            f"Outputs equal to those of the sequential run: {', '.join(same)}. (Batches of other "
-            "sizes run other kernels, whose rounding can tip a close choice.)"
-        )
+    yield (
+        f"Outputs equal to those of the sequential run: {', '.join(same)}. (ggml's kernels round "
+        "otherwise for batches of other sizes, which can tip a close choice.)"
+    )
 
 
 def _write_json(file: Path, setup: _Setup, results: Sequence[RunResult]) -> None:
