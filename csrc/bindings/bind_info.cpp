@@ -23,6 +23,7 @@ py::dict build_info() {
   for (const char* const* feature = kCpuFeatures; *feature != nullptr; ++feature) {
     features.append(*feature);
   }
+  info["kernels"] = kernels::active_name();
   info["cpu_features"] = std::move(features);
   info["backends"] = list_backends();
   return info;

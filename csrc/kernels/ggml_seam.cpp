@@ -72,6 +72,7 @@ struct LoadState {
   bool enabled = false;
   int num_threads = 1;
   std::uint64_t available_bytes = 0;
+  bool lock_memory = false;
   bool ran_out = false;
 };
 thread_local LoadState load_state;
@@ -235,6 +236,9 @@ ggml_backend_buffer_t allocate_weights(ggml_backend_buffer_type_t type, std::siz
     if (data == MAP_FAILED) data = nullptr;
   }
   if (data != nullptr && bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+  if (data != nullptr && load_state.lock_memory && mlock(data, bytes) != 0) {
+    GGML_LOG_WARN("%zu bytes of repacked weights can't be locked into memory\n", bytes);
+  }
 #else
   if (may_fit) data = std::aligned_alloc(4096, bytes);
 #endif
@@ -961,10 +965,12 @@ const char* active_name() {
   return kernels == nullptr ? "ggml" : kernels->name;
 }
 
-LoadScope::LoadScope(bool enabled, int num_threads, std::uint64_t available_bytes) {
+LoadScope::LoadScope(bool enabled, int num_threads, std::uint64_t available_bytes,
+                     bool lock_memory) {
   load_state = {.enabled = enabled,
                 .num_threads = num_threads,
                 .available_bytes = available_bytes,
+                .lock_memory = lock_memory,
                 .ran_out = false};
 }
 LoadScope::~LoadScope() { load_state = {}; }

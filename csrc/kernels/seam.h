@@ -27,8 +27,9 @@ void install();
 class LoadScope {
  public:
   /// `num_threads` repack the weights. A buffer of more than `available_bytes` is not asked for;
-  /// 0 = any may be.
-  LoadScope(bool enabled, int num_threads, std::uint64_t available_bytes);
+  /// 0 = any may be. With `lock_memory`, repacked weights are kept from being swapped out; if the
+  /// system refuses, the log says so.
+  LoadScope(bool enabled, int num_threads, std::uint64_t available_bytes, bool lock_memory = false);
   ~LoadScope();
   LoadScope(const LoadScope&) = delete;
   LoadScope& operator=(const LoadScope&) = delete;

@@ -60,7 +60,7 @@ void check_file(const std::string& path) {
 
 llama_load_mode load_mode(const ModelParams& params) {
   // Repacked weights are a copy: pages of the file that stayed mapped would be memory twice.
-  if (params.use_kernels && !params.use_mlock) return LLAMA_LOAD_MODE_NONE;
+  if (params.use_kernels) return params.use_mlock ? LLAMA_LOAD_MODE_MLOCK : LLAMA_LOAD_MODE_NONE;
   if (params.use_mlock) {
     return params.use_mmap ? LLAMA_LOAD_MODE_MMAP_MLOCK : LLAMA_LOAD_MODE_MLOCK;
   }
@@ -155,7 +155,8 @@ std::shared_ptr<LlamaModel> LlamaModel::load(ModelParams params) {
   llama_model* model = nullptr;
   std::string reason;
   const auto load_weights = [&](bool use_kernels) {
-    const kernels::LoadScope scope(use_kernels, usable_cores(), available_host_bytes());
+    const kernels::LoadScope scope(use_kernels, usable_cores(), available_host_bytes(),
+                                   params.use_mlock);
     raw.load_mode = load_mode(params);
     reason.clear();
     try {

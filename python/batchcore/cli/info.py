@@ -36,6 +36,7 @@ def _build_rows(build: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield "backends", ", ".join(build["backends"])
     yield "CPU features", ", ".join(build["cpu_features"]) or "chosen by the compiler"
+    yield "CPU kernels", build["kernels"]
     yield "compiler", f"{build['compiler']}, {build['build_type']}"
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
 
