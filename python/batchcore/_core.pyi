@@ -18,6 +18,7 @@ class _BuildInfo(TypedDict):
     llama_cpp_commit: str
     compiler: str
     build_type: str
+    kernels: str
     cpu_features: list[str]
     backends: list[str]
 

@@ -35,6 +35,7 @@ def test_build_info_is_complete():
     assert re.fullmatch(r"[0-9a-f]{9}|unknown", build["llama_cpp_commit"])
     assert "CPU" in build["backends"]
     assert tuple(build["cpu_features"]) == _cpu.features
+    assert build["kernels"] == _core.available_kernels()
 
 
 def test_cpu_device_reports_its_memory():
