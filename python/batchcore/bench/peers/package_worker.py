@@ -62,7 +62,7 @@ class LlamaCppPython:
             min_p=0.0,
         )
         for count, token in enumerate(tokens, start=1):
-            self._llama.detokenize([token])  # who asks wants text, as from the others
+            self._llama.detokenize([token])  # text is part of the work, as for the other peers
             tell(count)
             if count == job["max_tokens"]:
                 break
@@ -249,7 +249,7 @@ class OpenVinoGenAI(SteppedEngine):
             while request.handle.can_read():
                 (output,) = request.handle.read().values()
                 new.append((request, output.generated_ids))
-        if new:  # who asks wants text, as from the others
+        if new:  # text is part of the work, as for the other peers
             self._tokenizer.decode([tokens for _, tokens in new])
         for request, tokens in new:
             request.take(len(tokens))
