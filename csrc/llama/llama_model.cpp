@@ -164,9 +164,12 @@ std::shared_ptr<LlamaModel> LlamaModel::load(ModelParams params) {
     } catch (const std::exception& error) {
       reason = error.what();
     }
-    return !scope.ran_out_of_memory();
+    const std::string why = reason.empty() ? capture.reason() : reason;
+    return scope.ran_out_of_memory() || why.find("alloc") != std::string::npos;
   };
-  if (!load_weights(params.use_kernels) && model == nullptr && !progress.cancelled) {
+  const bool lacked_memory = load_weights(params.use_kernels);
+  // Repacked weights need memory of their own; ggml's kernels can do with the mapped file.
+  if (model == nullptr && lacked_memory && params.use_kernels && !progress.cancelled) {
     params.use_kernels = false;  // the log says why
     load_weights(false);
   }
