@@ -53,7 +53,6 @@ class AttentionPlan {
            mask.num_rows == mask_.num_rows && mask.num_streams == mask_.num_streams &&
            max_rows == max_rows_;
   }
-  void forget() { max_rows_ = 0; }
 
   [[nodiscard]] std::span<const Tile> tiles() const { return tiles_; }
   [[nodiscard]] const std::int32_t* block_ids() const { return block_ids_.data(); }

@@ -267,12 +267,13 @@ std::size_t size_of_weights(ggml_backend_buffer_type_t, const ggml_tensor* tenso
 
 // ---- Work shared by the threads of a graph
 
-/// Calls f(item) for each item, on whichever thread is free. All threads call it; the items are
-/// ready when the barrier is behind them.
-template <typename F>
-void share_items(const ggml_compute_params& params, std::int64_t num_items, const F& f) {
+/// Calls f(item) for each of count() items, on whichever thread is free. All threads call it. What
+/// one thread prepared before is known to all behind the barrier, the count included.
+template <typename Count, typename F>
+void share_items(const ggml_compute_params& params, const Count& count, const F& f) {
   if (params.ith == 0) ggml_threadpool_chunk_set(params.threadpool, params.nth);
   ggml_barrier(params.threadpool);
+  const std::int64_t num_items = count();
   for (std::int64_t item = params.ith; item < num_items;
        item = ggml_threadpool_chunk_add(params.threadpool, 1)) {
     f(item);
@@ -401,7 +402,8 @@ class Products final : public Traits {
       outputs[i] = output_row(op, i);
     }
     const std::int64_t per_item = groups_per_item(packed.num_groups, params.nth);
-    share_items(params, (packed.num_groups + per_item - 1) / per_item, [&](std::int64_t item) {
+    const auto count = [&] { return (packed.num_groups + per_item - 1) / per_item; };
+    share_items(params, count, [&](std::int64_t item) {
       kernels_of(packed.format)
           .multiply({.weights = static_cast<const std::uint8_t*>(op.src[0]->data),
                      .columns = packed.columns,
@@ -461,7 +463,8 @@ class Products final : public Traits {
     }
     const std::int64_t per_item = groups_per_item(packed.num_groups, params.nth);
     const std::int64_t per_expert = (packed.num_groups + per_item - 1) / per_item;
-    share_items(params, num_experts * per_expert, [&](std::int64_t item) {
+    const auto count = [&] { return num_experts * per_expert; };
+    share_items(params, count, [&](std::int64_t item) {
       const std::int64_t expert = item / per_expert;
       const std::int64_t chunk = item % per_expert;
       const std::int64_t begin = first[expert];
@@ -631,8 +634,11 @@ class AttentionOp final : public Traits {
     void run() {
       make_plan();
       if (params_.ith == 0) divide();
-      // The barrier in share_items() makes divide() known to all.
-      share_items_of_tiles();
+      const auto per_task = [this] { return std::max<std::int64_t>(cache_.spans_per_tile, 1); };
+      const auto count = [&] { return num_tasks() * per_task(); };
+      share_items(params_, count, [&](std::int64_t item) {
+        attend(item / per_task(), static_cast<std::int32_t>(item % per_task()));
+      });
       if (cache_.spans_per_tile > 0) {
         ggml_barrier(params_.threadpool);
         merge_spans();
@@ -707,16 +713,6 @@ class AttentionOp final : public Traits {
     [[nodiscard]] float* partials_of(std::int64_t task, std::int32_t span) const {
       return cache_.partials.data() +
              static_cast<std::size_t>(task * cache_.spans_per_tile + span) * task_partials();
-    }
-
-    void share_items_of_tiles() {
-      if (params_.ith == 0) ggml_threadpool_chunk_set(params_.threadpool, params_.nth);
-      ggml_barrier(params_.threadpool);
-      const std::int64_t per_task = std::max(cache_.spans_per_tile, 1);
-      for (std::int64_t item = params_.ith; item < num_tasks() * per_task;
-           item = ggml_threadpool_chunk_add(params_.threadpool, 1)) {
-        attend(item / per_task, static_cast<std::int32_t>(item % per_task));
-      }
     }
 
     // Calls f with what a task is about, slopes and masks included.

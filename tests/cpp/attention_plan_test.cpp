@@ -151,7 +151,7 @@ TEST_CASE("spans begin at multiples of 512 positions") {
   CHECK(plan.end_of_span(tile, 4) == 5);
 }
 
-TEST_CASE("a plan serves its mask until it is forgotten, and can be made anew") {
+TEST_CASE("a plan serves its mask until another is begun, and can be made anew") {
   AttentionPlan plan;
   const Drawing first({"xx.", "xxx"});
   const Drawing second({"x"});
@@ -159,7 +159,7 @@ TEST_CASE("a plan serves its mask until it is forgotten, and can be made anew") 
   CHECK(plan.is_for(first.view, 4));
   CHECK_FALSE(plan.is_for(first.view, 8));
   CHECK_FALSE(plan.is_for(second.view, 4));
-  plan.forget();
+  plan.begin(first.view);
   CHECK_FALSE(plan.is_for(first.view, 4));
   make(plan, second, {40}, 4);
   CHECK(text_of(plan) == "rows 0-0: 1[8:0]");

@@ -52,7 +52,6 @@ struct Simd {
   }
   static Int byte(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
   static Int bit_and(Int a, Int b) { return _mm256_and_si256(a, b); }
-  static Int bit_or(Int a, Int b) { return _mm256_or_si256(a, b); }
   /// Of 16-bit numbers, to the left; to the right where kBits is negative.
   template <int kBits>
   static Int shift(Int x) {

@@ -46,7 +46,6 @@ struct Simd {
   static Int load_bytes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
   static Int byte(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
   static Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
-  static Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }
   /// Of 16-bit numbers, to the left; to the right where kBits is negative.
   template <int kBits>
   static Int shift(Int x) {
